@@ -1,0 +1,93 @@
+"""What the operator chose, one frozen dataclass per owner; facts found at start travel elsewhere. Pure.
+
+`engine.serve` makes these from flags; `to_json` and `engine_config_from_json` carry them to an engine process by an
+inherited descriptor, so that nothing secret is ever an argument or an environment variable.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from metrics.deployment import Facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which weights, and how they are held."""
+
+    path: str  # a Hugging Face directory or a .gguf file
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    max_model_len: int | None = None  # None: what the model was trained for
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = 16  # tokens a block
+    num_gpu_blocks_override: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one iteration's batch."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0  # longest prefill chunk, in tokens; 0: only the budget limits it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatsConfig:
+    """The statistics plane of one deployment, the same in every process."""
+
+    log_stats: bool = True
+    publish_interval_s: float = 0.05
+    lease_s: float = 0.6
+    bucket_overrides: tuple[tuple[str, tuple[float, ...]], ...] = ()  # (family, bounds)
+    log_iteration_details: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All that one engine process is told. `facts` is None for the first engine that gets ready: it fixes them."""
+
+    index: int
+    incarnation: int
+    num_engines: int
+    num_api_servers: int
+    directory: str  # the deployment's
+    served_model_name: str
+    lifeline_fd: int
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    stats: StatsConfig = field(default_factory=StatsConfig)
+    facts: Facts | None = None
+
+
+def to_json(config: EngineConfig) -> str:
+    """The config as text; `engine_config_from_json` is its inverse."""
+    return json.dumps(asdict(config))
+
+
+def engine_config_from_json(text: str) -> EngineConfig:
+    """Raises ValueError, TypeError or KeyError when the text is not what `to_json` writes."""
+    raw: dict[str, Any] = json.loads(text)
+    stats = raw["stats"]
+    overrides = tuple((family, tuple(bounds)) for family, bounds in stats["bucket_overrides"])
+    parts = {
+        "model": ModelConfig(**raw["model"]),
+        "cache": CacheConfig(**raw["cache"]),
+        "scheduler": SchedulerConfig(**raw["scheduler"]),
+        "stats": StatsConfig(**{**stats, "bucket_overrides": overrides}),
+        "facts": None if raw["facts"] is None else Facts(**raw["facts"]),
+    }
+    return EngineConfig(**{**raw, **parts})

@@ -1,0 +1,1 @@
+"""The API servers: HTTP in front, `engine.wire` behind, request-level counters only."""

@@ -1,0 +1,1 @@
+"""The statistics plane: what is counted, kept, broadcast, elected, checked and exposed."""
