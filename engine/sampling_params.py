@@ -48,7 +48,7 @@ class SamplingParams:
             (
                 "repetition_penalty",
                 self.repetition_penalty,
-                0.0 < self.repetition_penalty and math.isfinite(self.repetition_penalty),
+                self.repetition_penalty > 0.0 and math.isfinite(self.repetition_penalty),
             ),
             ("presence_penalty", self.presence_penalty, -2.0 <= self.presence_penalty <= 2.0),
             ("frequency_penalty", self.frequency_penalty, -2.0 <= self.frequency_penalty <= 2.0),
