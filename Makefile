@@ -1,0 +1,56 @@
+# One environment, a few verbs: `make help`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help install install-test model serve test check format bench generate clean
+
+help: ## say what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name another with make PYTHON=python3" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing what serving needs into $(VENV) (the first time: about a minute)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing what the tests need into $(VENV)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+install: $(VENV)/.installed ## make .venv and install what serving needs
+
+install-test: $(VENV)/.installed-test ## and what the tests need
+
+model: install ## fetch the default model into the cache (once, checked by hash)
+	@$(BIN)/python -m engine.default_model
+
+serve: model ## serve the default model on port 8000 with 4 API servers; more flags: make serve ARGS='--port 8001'
+	$(BIN)/python -m engine.serve --api-server-count 4 $(ARGS)
+
+test: install-test model ## run all tests; some of them: make test ARGS='tests/metrics -k store'
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install-test ## lint, format, types, generated text
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m metrics.generate --check
+
+format: install-test ## put the code into its form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+generate: install ## rewrite the metric table of the README from the catalogue
+	$(BIN)/python -m metrics.generate
+
+bench: install-test model ## measure what the README claims
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean: ## remove the environment and every cache below this folder
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
