@@ -1,0 +1,114 @@
+"""The shape of the project, enforced: who may import whom, sizes, and that the README's map is the tree."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("engine", "frontend", "metrics")
+DEVICE_CODE = ("engine.runner", "engine.sampler", "engine.models", "engine.kernels", "engine.weights")
+MAX_MODULE_LINES = 500
+MAX_FUNCTION_LINES = 60
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the three packages by dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """Every module name that the file imports, at any depth of nesting; `from a import b` gives `a.b` where that is
+    a module of ours, else `a`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                names.add(inner if inner in MODULES else str(node.module))
+    return names
+
+
+def is_in(module: str, prefixes: tuple[str, ...]) -> bool:
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def forbidden(module: str) -> tuple[str, ...]:
+    """What this module must never import."""
+    if module.startswith("metrics"):
+        never = ("engine", "frontend", "torch", "aiohttp", "asyncio")
+        never += () if module in ("metrics.broadcast",) else ("zmq",)
+        return never + (() if module in ("metrics.exposition", "metrics.audit") else ("prometheus_client",))
+    if module.startswith("frontend"):
+        ours = tuple(m for m in MODULES if m.startswith("engine.") and m != "engine.wire")
+        return ("torch", "triton", *ours)
+    if is_in(module, DEVICE_CODE):
+        return ("frontend", "metrics", "zmq", "engine.wire", "aiohttp", "prometheus_client")
+    if module in ("engine.loop", "engine.beacon"):
+        return ("frontend", "aiohttp", "prometheus_client", "torch", "triton")
+    return ("frontend", "aiohttp", "prometheus_client", "torch", "triton", "zmq", *DEVICE_CODE)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_layer_may(module: str):
+    wrong = {name for name in imports(MODULES[module]) if is_in(name, forbidden(module))}
+    assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+def test_imports_have_no_cycle():
+    graph = {name: {i for i in imports(path) if i in MODULES and i != name} for name, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("entry", ["frontend.server", "engine.serve"])
+def test_a_process_without_tensors_starts_without_torch(entry: str):
+    program = f"import {entry}, sys; print([m for m in ('torch', 'triton', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_can_be_read_in_one_sitting(module: str):
+    path = MODULES[module]
+    assert len(path.read_text().splitlines()) <= MAX_MODULE_LINES
+    for function in functions(path):
+        lines = (function.end_lineno or function.lineno) - function.lineno + 1
+        assert lines <= MAX_FUNCTION_LINES, f"{module}.{function.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_opens_with_a_docstring(module: str):
+    assert ast.get_docstring(ast.parse(MODULES[module].read_text()))
+
+
+def test_the_readme_maps_every_module_and_no_other():
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"<!-- map:begin -->(.*?)<!-- map:end -->", text, re.DOTALL)
+    assert block, "README.md has no map between its markers"
+    mapped = set(re.findall(r"`((?:engine|frontend|metrics)/[\w/]+\.py)`", block.group(1)))
+    tree = {str(p.relative_to(ROOT)) for p in MODULES.values() if p.name != "__init__.py"}
+    assert mapped == tree
