@@ -146,7 +146,7 @@ class Served:
 
     def stop(self) -> int:
         """SIGTERM, and the exit code; whatever still runs after that is killed and an error."""
-        family = [p for p in psutil.Process(self.process.pid).children(recursive=True)] if self.is_running() else []
+        family = psutil.Process(self.process.pid).children(recursive=True) if self.is_running() else []
         if self.is_running():
             self.process.send_signal(signal.SIGTERM)
         try:

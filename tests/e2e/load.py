@@ -1,0 +1,76 @@
+"""Bounded loads for a deployment, and what the clients saw of them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from tests.e2e.harness import Served
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: its prompt's token ids, and after how many chunks of the stream the client goes away."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    leaves_after_chunks: int | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one client saw: tokens by `usage`, or None when it left or was refused before the end."""
+
+    ask: Ask
+    completion_tokens: int | None
+    chunks: int
+
+
+def asks(count: int, *, prompt_tokens: tuple[int, int], max_tokens: int, vocab: int, seed: int = 0) -> list[Ask]:
+    """Random prompts, no two with a common prefix worth caching."""
+    source = random.Random(seed)
+    lengths = [source.randint(*prompt_tokens) for _ in range(count)]
+    return [Ask(tuple(source.randrange(10, vocab) for _ in range(n)), max_tokens) for n in lengths]
+
+
+def stream(deployment: Served, ask: Ask) -> Seen:
+    """One streamed completion; a client that leaves closes its connection in the middle of the stream."""
+    url = urlsplit(deployment.url)
+    connection = http.client.HTTPConnection(str(url.hostname), url.port, timeout=120)
+    body = {
+        "prompt": list(ask.prompt),
+        "max_tokens": ask.max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    chunks, tokens = 0, None
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        while line := answer.readline():
+            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+                continue
+            chunk = json.loads(line[6:])
+            assert "error" not in chunk, chunk
+            if chunk.get("usage"):
+                tokens = chunk["usage"]["completion_tokens"]
+            chunks += 1
+            if chunks == ask.leaves_after_chunks:
+                return Seen(ask, None, chunks)
+    finally:
+        connection.close()
+    return Seen(ask, tokens, chunks)
+
+
+def run(deployment: Served, requests: Sequence[Ask], *, at_a_time: int) -> list[Seen]:
+    """All of them, so many at a time."""
+    with ThreadPoolExecutor(at_a_time) as pool:
+        return list(pool.map(lambda ask: stream(deployment, ask), requests))
