@@ -1,0 +1,103 @@
+"""Starting, ending, and what happens to requests and counters when a process dies in between."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.harness import Samples, served, total, wait_for
+from tests.e2e.load import Ask, asks, run, stream
+
+PROMPT = tuple(range(20, 60))
+
+
+def fallen(earlier: Samples, later: Samples) -> dict[object, tuple[float, float]]:
+    """Counters and buckets that are lower, or gone."""
+    ends = ("_total", "_bucket", "_count")
+    ours = {k: v for k, v in earlier.items() if k[0].endswith(ends) and k[0].startswith(("vllm:", "wholebatch:"))}
+    return {k: (v, later.get(k, 0.0)) for k, v in ours.items() if later.get(k, 0.0) < v}
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_everything_and_leaves_nothing(tiny_model: Path, ending: signal.Signals):
+    with served(tiny_model, "--api-server-count", "2") as deployment:
+        family = psutil.Process(deployment.process.pid).children(recursive=True)
+        assert len(family) == 3
+        run_directory = next(Path(p.cwd()) for p in family)
+        assert run_directory
+        deployment.process.send_signal(ending)
+        assert deployment.process.wait(30) == 0
+        gone, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive
+        assert "Traceback" not in deployment.log()
+
+
+def test_a_request_that_runs_when_the_end_comes_is_answered(tiny_model: Path):
+    with served(tiny_model, "--api-server-count", "2") as deployment:
+        answers: list[int | None] = []
+        client = threading.Thread(target=lambda: answers.append(stream(deployment, Ask(PROMPT, 300)).completion_tokens))
+        client.start()
+        wait_for(lambda: total(deployment.metrics(), "vllm:generation_tokens_total") > 0, "a token")
+        deployment.process.send_signal(signal.SIGTERM)
+        client.join()
+        assert answers == [300]
+
+
+def test_children_end_when_the_supervisor_is_killed(tiny_model: Path):
+    with served(tiny_model, "--api-server-count", "2") as deployment:
+        family = psutil.Process(deployment.process.pid).children(recursive=True)
+        deployment.process.kill()
+        deployment.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
+
+
+def test_a_killed_api_server_comes_back_and_no_counter_falls(tiny_model: Path):
+    with served(tiny_model, "--api-server-count", "3") as deployment:
+        run(deployment, asks(12, prompt_tokens=(20, 40), max_tokens=8, vocab=250), at_a_time=6)
+        for index in range(3):
+            before = deployment.idle_metrics()
+            victim = deployment.pids("api-server")[index]
+            os.kill(victim, signal.SIGKILL)
+            wait_for(lambda index=index, v=victim: deployment.pids("api-server")[index] != v, "a new process")
+            after = deployment.idle_metrics()
+            assert not fallen(before, after)
+        run(deployment, asks(12, prompt_tokens=(20, 40), max_tokens=8, vocab=250, seed=1), at_a_time=6)
+        samples = deployment.idle_metrics()
+    assert total(samples, "wholebatch:delivered_tokens_total") == 24 * 8
+    assert total(samples, "vllm:generation_tokens_total") == 24 * 8
+
+
+def test_a_killed_engine_comes_back_its_waiting_requests_get_an_error_and_the_books_close(tiny_model: Path):
+    with served(tiny_model, "--api-server-count", "2") as deployment:
+        run(deployment, asks(6, prompt_tokens=(20, 40), max_tokens=8, vocab=250), at_a_time=6)
+        before = deployment.idle_metrics()
+        results: list[tuple[int, object]] = []
+        body = {"prompt": list(PROMPT), "max_tokens": 1500, "ignore_eos": True}
+        client = threading.Thread(target=lambda: results.append(deployment.post("/v1/completions", body)))
+        client.start()
+        done = total(before, "vllm:generation_tokens_total")
+        wait_for(lambda: total(deployment.metrics(), "vllm:generation_tokens_total") > done, "a token")
+        victim = deployment.pids("engine")[0]
+        os.kill(victim, signal.SIGKILL)
+        client.join()
+        assert results[0][0] == 503
+        wait_for(lambda: deployment.pids("engine")[0] != victim, "a new engine")
+        after = deployment.idle_metrics()
+        assert not fallen(before, after)
+        run(deployment, asks(6, prompt_tokens=(20, 40), max_tokens=8, vocab=250), at_a_time=6)
+        samples = deployment.idle_metrics()
+    generated = total(samples, "vllm:generation_tokens_total")
+    received = total(samples, "wholebatch:received_tokens_total")
+    assert generated == received + total(samples, "wholebatch:lost_tokens_total")
+    given = total(samples, "wholebatch:delivered_tokens_total") + total(samples, "wholebatch:undelivered_tokens_total")
+    assert received == given
+    assert total(samples, "wholebatch:sequences_accepted_total") == total(
+        samples, "wholebatch:sequences_finished_total"
+    )
+    assert total(samples, "wholebatch:sequences_submitted_total") == total(samples, "wholebatch:sequences_ended_total")
