@@ -59,9 +59,10 @@ def total(samples: Samples, name: str, labels: Mapping[str, str] | None = None) 
 class Served:
     """One running deployment."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], directory: Path) -> None:
         self.process = process
-        self._log = log
+        self.runtime_directory = directory / "run"
+        self._log = directory / "log"
         self.url = ""
 
     def log(self) -> str:
@@ -168,13 +169,12 @@ class Served:
 def served(model: Path, *flags: str, module: str = "engine.serve") -> Iterator[Served]:
     """A ready deployment of the model; ended, and its runtime directory removed, on leaving."""
     directory = Path(tempfile.mkdtemp(prefix="wb-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-    log = directory / "log"
     command = [sys.executable, "-m", module, "--model", str(model), "--host", "127.0.0.1", "--port", "0"]
     command += ["--admin-port", "0", "--runtime-dir", str(directory / "run"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as output:
+    with (directory / "log").open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
-    deployment = Served(process, log)
+    deployment = Served(process, directory)
     try:
         deployment.wait_until_ready()
         yield deployment

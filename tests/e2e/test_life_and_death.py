@@ -28,12 +28,12 @@ def test_a_signal_ends_everything_and_leaves_nothing(tiny_model: Path, ending: s
     with served(tiny_model, "--api-server-count", "2") as deployment:
         family = psutil.Process(deployment.process.pid).children(recursive=True)
         assert len(family) == 3
-        run_directory = next(Path(p.cwd()) for p in family)
-        assert run_directory
+        assert len(list(deployment.runtime_directory.iterdir())) == 1
         deployment.process.send_signal(ending)
         assert deployment.process.wait(30) == 0
-        gone, alive = psutil.wait_procs(family, timeout=5)
+        _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive
+        assert not list(deployment.runtime_directory.iterdir())
         assert "Traceback" not in deployment.log()
 
 
