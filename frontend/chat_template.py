@@ -1,0 +1,77 @@
+"""A conversation to the text the model was trained on, by the model's own Jinja template. Pure.
+
+Templates come with the model and run in a sandbox; they see what transformers gives them: `messages`,
+`add_generation_prompt`, the special tokens, `raise_exception`, `strftime_now`, the `tojson` filter and
+`{% generation %}` blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class ChatTemplateError(ValueError):
+    """The template cannot be compiled, or does not take this conversation; the text is for the client."""
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's words for training; for serving it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+# What an expression of a template can raise on a conversation it did not expect.
+_RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class ChatTemplate:
+    """One compiled template. Raises ChatTemplateError when `source` is no template."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _GenerationBlock]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"the chat template is broken: {error}") from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        now: datetime,
+        add_generation_prompt: bool = True,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text. `arguments` are the template's own switches, and win over the special tokens."""
+        names = self._special_tokens | dict(arguments or {})
+        names |= {"messages": messages, "add_generation_prompt": add_generation_prompt, "strftime_now": now.strftime}
+        try:
+            return self._template.render(names)
+        except (*_RENDER_ERRORS, RecursionError) as error:
+            raise ChatTemplateError(f"the chat template does not take this conversation: {error}") from error

@@ -1,0 +1,113 @@
+"""Token ids to text as they come: whole characters only, stop strings, and which tokens belong to the answer. Pure.
+
+`Detokenizer` is a UTF-8 decoder behind a table of each token's bytes, so a token costs O(its bytes) however long the
+text is. The pieces joined are the whole text: what is no UTF-8 becomes U+FFFD, as in a decode of all bytes at once.
+
+Not `tokenizers.decoders.DecodeStream`: it has no end of stream, so a character cut short at the end is lost; it holds
+back a U+FFFD that the model meant; and it decodes everything held back again for each token of invalid UTF-8.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+
+_new_decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer:
+    """Text of one sequence. `token_bytes` gives a token's bytes, none for a token that is not shown."""
+
+    __slots__ = ("_decoder", "_token_bytes")
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = _new_decoder("replace")
+
+    def append(self, token_id: int) -> str:
+        """The characters that this token completes."""
+        return self._decoder.decode(self._token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What is left when no more tokens come: U+FFFD for a character cut short, or nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class StopStrings:
+    """Lets text through up to the first stop string; holds back an end that might be the beginning of one.
+
+    Of several stop strings in the same text the one that begins first counts.
+    """
+
+    __slots__ = ("_held", "_includes_stop", "_longest", "_stops")
+
+    def __init__(self, stops: Sequence[str], *, includes_stop: bool = False) -> None:
+        assert all(stops), "an empty stop string stops everywhere"
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=0)
+        self._includes_stop = includes_stop
+        self._held = ""
+
+    def append(self, text: str) -> tuple[str, bool]:
+        """(text that may be shown, whether a stop string was found: then nothing follows)."""
+        if not self._stops:
+            return text, False
+        held = self._held + text
+        found = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if found:
+            at, stop = min(found)
+            self._held = ""
+            return held[: at + len(stop) if self._includes_stop else at], True
+        keep = self._num_held(held)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep], False
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        longest = min(self._longest - 1, len(text))
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+
+
+class SequenceText:
+    """One sequence from sampled tokens to shown text: detokeniser, stop strings and their order.
+
+    `num_tokens` counts the tokens that belong to the answer: all up to the one that completes a stop string.
+    """
+
+    __slots__ = ("_detokenizer", "_min_tokens", "_stops", "has_stopped", "num_characters", "num_tokens")
+
+    def __init__(self, detokenizer: Detokenizer, stops: StopStrings, *, min_tokens: int = 0) -> None:
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._min_tokens = min_tokens
+        self.has_stopped = False
+        self.num_tokens = 0
+        self.num_characters = 0  # decoded, shown or held back
+
+    def append(self, token_id: int) -> str:
+        """The text that this token makes ready to be shown; sets `has_stopped` at a stop string. Text of the first
+        `min_tokens` tokens is not searched."""
+        assert not self.has_stopped, "a token after the stop string"
+        text = self._detokenizer.append(token_id)
+        self.num_tokens += 1
+        self.num_characters += len(text)
+        if self.num_tokens <= self._min_tokens:
+            return text
+        shown, self.has_stopped = self._stops.append(text)
+        return shown
+
+    def append_unseen(self) -> None:
+        """Count a token whose text is not shown: the stop token."""
+        self.num_tokens += 1
+
+    def finish(self) -> str:
+        """What is still to be shown at the end; nothing after a stop string."""
+        if self.has_stopped:
+            return ""
+        shown, self.has_stopped = self._stops.append(self._detokenizer.flush())
+        return shown if self.has_stopped else shown + self._stops.flush()
