@@ -17,7 +17,8 @@ class ScheduledSequence:
     """The part of one sequence that this iteration computes: positions [start, start + num_tokens).
 
     `token_ids` is the sequence's whole list, prompt then output; `block_table` holds the KV block of every
-    position below start + num_tokens. Both are the request's own lists, read during `run` and not kept.
+    position below start + num_tokens. Both are the request's own lists, read during `run` and not kept; so is this
+    object, which the scheduler uses again in the next iteration.
     Positions below `start` are in the KV cache already.
     """
 
@@ -39,7 +40,9 @@ class ScheduledSequence:
 class IterationCounts:
     """What one scheduled batch consists of, counted where it was decided; words as in the README.
 
-    Invariant: num_prefill_tokens + num_decode_tokens is the number of scheduled tokens.
+    Invariant: num_prefill_tokens + num_decode_tokens is the number of scheduled tokens. Decode is one scheduled
+    position, the newest token, of a sequence whose prompt is computed; everything else is prefill, so also the last
+    single position of a prompt.
     """
 
     num_requests: int = 0
@@ -48,6 +51,11 @@ class IterationCounts:
     num_prompt_tokens_computed: int = 0  # prompt positions computed for the first time
     num_recomputed_tokens: int = 0  # positions below a request's high-water mark
     num_preemptions: int = 0  # made while scheduling this batch
+    num_cache_queries: int = 0  # prompt tokens looked up in the prefix cache: first admissions only
+    num_cache_hits: int = 0  # of these, found
+    # Known once the batch has run:
+    num_prompt_tokens_completed: int = 0  # whole prompts of the sequences whose prefill this batch completed
+    num_cached_tokens_completed: int = 0  # of these, found in the prefix cache
 
     @property
     def num_scheduled_tokens(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
+
+from engine.batch import Batch, SampledToken, ScheduledSequence
 
 T = TypeVar("T")
 
@@ -50,3 +52,67 @@ class LossyChannel(Generic[T]):
 
     def lose(self, pick: int = 0) -> None:
         del self._under_way[pick % len(self._under_way)]
+
+
+class FakeRunner:
+    """A model without weights: a token is a hash of all tokens before it, through a KV cache as real as a model's.
+
+    The hash of a position is made from its token and from what the cache holds at the position before, found through
+    the block table. So batching, chunking, preemption and the prefix cache cannot change a token, unless a block was
+    given away too early, shared wrongly or never written; `run` then fails.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, vocab_size: int) -> None:
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._slots: list[int | None] = [None] * (num_blocks * block_size)
+        self.batches: list[list[tuple[int, int, int]]] = []  # of each run: (sequence id, start, number of tokens)
+        self.released: set[int] = set()
+
+    def run(self, batch: Batch) -> list[SampledToken]:
+        assert batch.sequences, "an iteration without work"
+        ids = [part.sequence_id for part in batch.sequences]
+        assert len(set(ids)) == len(ids), f"a sequence twice in one batch: {ids}"
+        assert self.released.isdisjoint(ids), f"a sequence after its end: {ids}"
+        self.batches.append([(part.sequence_id, part.start, part.num_tokens) for part in batch.sequences])
+        hashes = [self._compute(part) for part in batch.sequences]
+        return [
+            SampledToken(value % self._vocab_size, None)
+            for part, value in zip(batch.sequences, hashes, strict=True)
+            if part.samples
+        ]
+
+    def _compute(self, part: ScheduledSequence) -> int:
+        """Read the cache up to `start`, write it from there; the newest hash."""
+        assert part.num_tokens > 0, f"sequence {part.sequence_id} is scheduled without a token"
+        assert len(part.block_table) * self._block_size >= part.start + part.num_tokens, "a position without a block"
+        value = 0
+        for position in range(part.start + part.num_tokens):
+            value = prefix_hash(value, part.token_ids[position])
+            block, offset = divmod(position, self._block_size)
+            slot = part.block_table[block] * self._block_size + offset
+            if position < part.start:
+                assert self._slots[slot] == value, f"position {position} of sequence {part.sequence_id} is not cached"
+            else:
+                self._slots[slot] = value
+        return value
+
+    def release(self, sequence_ids: Sequence[int]) -> None:
+        assert self.released.isdisjoint(sequence_ids), f"released twice: {sequence_ids}"
+        self.released.update(sequence_ids)
+
+
+def prefix_hash(previous: int, token_id: int) -> int:
+    """The hash of a prefix from that of the prefix without its last token (0 for the empty one)."""
+    return (previous * 1_000_003 + token_id + 1) % (2**61 - 1)
+
+
+def fake_output(prompt_token_ids: Sequence[int], num_tokens: int, vocab_size: int) -> list[int]:
+    """What a FakeRunner's sequence generates, worked out without any engine."""
+    value, output = 0, []
+    for token_id in prompt_token_ids:
+        value = prefix_hash(value, token_id)
+    for _ in range(num_tokens):
+        output.append(value % vocab_size)
+        value = prefix_hash(value, output[-1])
+    return output
