@@ -49,8 +49,6 @@ scalars = st.none() | st.booleans() | st.integers(-1, 2**63) | st.floats() | st.
 fields = st.lists(scalars | st.lists(scalars, min_size=4, max_size=4), max_size=11)
 kinds = st.sampled_from(["snapshot", "heartbeat", "resign"]) | scalars
 near_messages = st.builds(lambda kind, rest: [1, kind, *rest], kinds, fields)
-    lambda version, kind, rest: [version, kind, *rest], st.just(1) | scalars, kinds, st.lists(fields)
-)
 
 SNAPSHOT = Snapshot(
     layout_digest=b"d" * 16,
