@@ -13,6 +13,10 @@ from urllib.parse import urlsplit
 from tests.e2e.harness import Served
 
 
+class Broken(Exception):
+    """A request that ended otherwise than whole: refused, or with an error in its stream, or cut off."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """One request: its prompt's token ids, and after how many chunks of the stream the client goes away."""
@@ -28,7 +32,7 @@ class Seen:
 
     ask: Ask
     completion_tokens: int | None
-    chunks: int
+    text: str
 
 
 def asks(count: int, *, prompt_tokens: tuple[int, int], max_tokens: int, vocab: int, seed: int = 0) -> list[Ask]:
@@ -50,24 +54,29 @@ def stream(deployment: Served, ask: Ask) -> Seen:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    chunks, tokens = 0, None
+    texts: list[str] = []
+    tokens = None
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
-        assert answer.status == 200, answer.read()
+        if answer.status != 200:
+            raise Broken(f"{answer.status}: {answer.read().decode()}")
         while line := answer.readline():
-            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+            if line.strip() == b"data: [DONE]":
+                return Seen(ask, tokens, "".join(texts))
+            if not line.startswith(b"data: "):
                 continue
             chunk = json.loads(line[6:])
-            assert "error" not in chunk, chunk
+            if "error" in chunk:
+                raise Broken(str(chunk))
             if chunk.get("usage"):
                 tokens = chunk["usage"]["completion_tokens"]
-            chunks += 1
-            if chunks == ask.leaves_after_chunks:
-                return Seen(ask, None, chunks)
+            texts += [choice["text"] for choice in chunk["choices"] if choice["text"]]
+            if ask.leaves_after_chunks is not None and len(texts) >= ask.leaves_after_chunks:
+                return Seen(ask, None, "".join(texts))
     finally:
         connection.close()
-    return Seen(ask, tokens, chunks)
+    raise Broken("the stream ended without [DONE]")
 
 
 def run(deployment: Served, requests: Sequence[Ask], *, at_a_time: int) -> list[Seen]:
