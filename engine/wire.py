@@ -9,6 +9,7 @@ Instants (`at`, `*_at`) are seconds of the engine's monotonic clock: only differ
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -132,10 +133,12 @@ def identity(api_server: int, incarnation: int) -> bytes:
 
 def parse_identity(raw: bytes) -> tuple[int, int]:
     """(api_server, incarnation); raises WireError."""
-    index, dot, incarnation = raw.partition(b".")
-    if not (dot and index.isdigit() and incarnation.isdigit()):
-        raise WireError(f"identity is not INDEX.INCARNATION: {raw[:40]!r}")
-    return int(index), int(incarnation)
+    index, _, incarnation = raw.partition(b".")
+    if len(raw) <= 40 and index.isdigit() and incarnation.isdigit():
+        pair = int(index), int(incarnation)
+        if identity(*pair) == raw:  # one process, one identity: no leading zeros
+            return pair
+    raise WireError(f"identity is not INDEX.INCARNATION: {raw[:40]!r}")
 
 
 def work_endpoint(directory: str, engine: int, incarnation: int) -> str:
@@ -188,7 +191,7 @@ def encode(message: Hello | Submit | Abort | Outputs | Goodbye) -> bytes:
 
 
 def _fail(what: str, value: object) -> WireError:
-    return WireError(f"{what}: {str(value)[:80]!r}")
+    return WireError(f"{what}: {reprlib.repr(value)[:200]}")  # never all of it: a message may be 64 MiB
 
 
 def _count(value: Any, what: str) -> int:
@@ -326,7 +329,7 @@ def _unpack(raw: bytes) -> list[Any]:
         raise WireError(f"not MessagePack: {error}") from error
     if type(message) is not list or len(message) < 2:
         raise _fail("message is not a list of version, kind, fields", message)
-    if message[0] != WIRE_VERSION:
+    if type(message[0]) is not int or message[0] != WIRE_VERSION:  # NOTE: True == 1 == 1.0
         raise _fail(f"wire version is not {WIRE_VERSION}", message[0])
     return message
 
