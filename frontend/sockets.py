@@ -1,0 +1,74 @@
+"""A ZeroMQ socket on the event loop: calls back with what arrives, sends without ever waiting.
+
+No coroutine and no task: what arrives is handled in one synchronous callback, many messages at a time, so that it is
+counted and committed before any request's coroutine runs.
+
+NOTE: the descriptor of a ZeroMQ socket becomes readable when the socket's state may have changed, not while messages
+wait, and a send may swallow that signal. So every wake-up reads until nothing is left, and every send looks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+MAX_MESSAGES_A_TURN = 512  # then the event loop gets its turn
+
+Messages = list[list[bytes]]
+
+
+class SocketReader:
+    """Owns the socket and closes it. `on_messages` gets the parts of one or more messages."""
+
+    def __init__(self, socket: zmq.Socket[bytes], on_messages: Callable[[Messages], None]) -> None:
+        self._socket = socket
+        self._on_messages = on_messages
+        self._loop = asyncio.get_running_loop()
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._on_readable)
+        self._loop.call_soon(self._on_readable)
+
+    @property
+    def is_closed(self) -> bool:
+        return bool(self._socket.closed)
+
+    def send(self, raw: bytes) -> bool:
+        """Whether the message was taken; False when the socket is full or closed."""
+        if self._socket.closed:
+            return False
+        try:
+            self._socket.send(raw, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._on_readable)
+        return True
+
+    def drain(self) -> None:
+        """Hand over everything that can be read now."""
+        while not self._socket.closed and self._read_some():
+            pass
+
+    def close(self) -> None:
+        """Idempotent; what was not read is gone."""
+        if not self._socket.closed:
+            self._loop.remove_reader(self._fd)
+            self._socket.close(linger=0)
+
+    def _on_readable(self) -> None:
+        if not self._socket.closed and self._read_some():
+            self._loop.call_soon(self._on_readable)
+
+    def _read_some(self) -> bool:
+        """Whether there may be more."""
+        messages: Messages = []
+        while len(messages) < MAX_MESSAGES_A_TURN:
+            try:
+                messages.append(self._socket.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                break
+        if messages:
+            self._on_messages(messages)
+        return len(messages) == MAX_MESSAGES_A_TURN
