@@ -54,12 +54,17 @@ class IterationCounts:
     num_cache_queries: int = 0  # prompt tokens looked up in the prefix cache: first admissions only
     num_cache_hits: int = 0  # of these, found
     # Known once the batch has run:
-    num_prompt_tokens_completed: int = 0  # whole prompts of the sequences whose prefill this batch completed
-    num_cached_tokens_completed: int = 0  # of these, found in the prefix cache
+    num_generated_tokens: int = 0
+    num_completed_prompt_tokens: int = 0  # whole prompts of the sequences whose prefill this batch completed
+    num_completed_cached_tokens: int = 0  # of these, found in the prefix cache
 
     @property
     def num_scheduled_tokens(self) -> int:
         return self.num_prefill_tokens + self.num_decode_tokens
+
+    @property
+    def num_iteration_tokens(self) -> int:
+        return self.num_prompt_tokens_computed + self.num_recomputed_tokens + self.num_generated_tokens
 
     @property
     def phase(self) -> str:

@@ -32,6 +32,7 @@ class EngineCore:
         "_clock",
         "_incarnation",
         "_next_sequence_id",
+        "_on_fault",
         "_pending",
         "_recorder",
         "_runner",
@@ -50,12 +51,14 @@ class EngineCore:
         incarnation: int = 1,
         iteration_log: Callable[[Batch], None] | None = None,
         on_iteration: Callable[[dict[str, Any]], None] | None = None,
+        on_fault: Callable[[str, Exception], None] | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._recorder = recorder
         self._clock = clock
         self._incarnation = incarnation
+        self._on_fault = _raise if on_fault is None else on_fault  # told of a fault of the record, and where
         self._next_sequence_id = 0
         self._by_request: dict[ApiServer, dict[int, RequestState]] = {}  # unfinished, by the sender's own id
         self._pending: dict[ApiServer, list[Output]] = {}  # refusals, for the next step
@@ -133,22 +136,21 @@ class EngineCore:
         sampled = self._runner.run(batch)
         at = self._clock()
         steps = self._scheduler.update(batch, sampled, at)
-        self._record(batch.counts, len(steps), at - started)
         self._add_outputs(steps, outputs)
         self._set_gauges()
-        self._recorder.stages(schedule_s=scheduled_at - started, run_s=at - scheduled_at, record_s=self._clock() - at)
+        try:
+            self._recorder.iteration(batch.counts, at - started)
+            self._recorder.stage("schedule", scheduled_at - started)
+            self._recorder.stage("run", at - scheduled_at)
+            self._recorder.stage("record", self._clock() - at)
+        except Exception as fault:  # noqa: BLE001 - P8: the bulkhead around the record
+            self._on_fault("record", fault)
         if self.on_iteration is not None:
-            self.on_iteration(self._describe(batch.counts, len(steps), at - started))
+            self.on_iteration(self._describe(batch.counts, at - started))
         return at
 
-    def _record(self, counts: IterationCounts, num_generated: int, duration_s: float) -> None:
-        recorder = self._recorder
-        recorder.iteration(counts, num_generated, duration_s)
-        recorder.looked_up(counts.num_cache_queries, counts.num_cache_hits)
-        recorder.prefilled(counts.num_prompt_tokens_completed, counts.num_cached_tokens_completed)
-
     def _add_outputs(self, steps: list[Step], outputs: dict[ApiServer, list[Output]]) -> None:
-        """One output for each step, by API server; ended sequences are forgotten."""
+        """One output for each step, by API server, counted as sent; ended sequences are forgotten."""
         num_sent: dict[int, int] = {}
         ended = []
         for request, (token_id, logprobs) in steps:
@@ -177,7 +179,7 @@ class EngineCore:
             scheduler.num_running, scheduler.num_waiting_capacity, scheduler.num_waiting_deferred, scheduler.kv_usage
         )
 
-    def _describe(self, counts: IterationCounts, num_generated: int, duration_s: float) -> dict[str, Any]:
+    def _describe(self, counts: IterationCounts, duration_s: float) -> dict[str, Any]:
         """The live topic's record of one iteration."""
         return {
             "phase": counts.phase,
@@ -185,13 +187,17 @@ class EngineCore:
             "num_requests": counts.num_requests,
             "num_prefill_tokens": counts.num_prefill_tokens,
             "num_decode_tokens": counts.num_decode_tokens,
-            "num_generated_tokens": num_generated,
+            "num_generated_tokens": counts.num_generated_tokens,
             "num_recomputed_tokens": counts.num_recomputed_tokens,
             "num_preemptions": counts.num_preemptions,
             "num_running": self._scheduler.num_running,
             "num_waiting": self._scheduler.num_waiting_capacity + self._scheduler.num_waiting_deferred,
             "kv_usage": self._scheduler.kv_usage,
         }
+
+
+def _raise(where: str, fault: Exception) -> None:
+    raise fault
 
 
 def _finish(request: RequestState) -> Finish:

@@ -292,6 +292,7 @@ class Scheduler:
             if self._is_complete(request, token.token_id):
                 has_ended = True
         assert len(steps) == len(sampled), f"{len(sampled)} tokens sampled for {len(steps)} sequences"
+        batch.counts.num_generated_tokens = len(steps)
         if has_ended:
             self._running = [request for request in self._running if request.finish_reason is None]
         return steps
@@ -304,8 +305,8 @@ class Scheduler:
 
     def _note_first_token(self, request: RequestState, counts: IterationCounts, now: float) -> None:
         request.first_token_at = now
-        counts.num_prompt_tokens_completed += request.num_prompt_tokens
-        counts.num_cached_tokens_completed += request.num_cached_tokens
+        counts.num_completed_prompt_tokens += request.num_prompt_tokens
+        counts.num_completed_cached_tokens += request.num_cached_tokens
 
     def _is_complete(self, request: RequestState, token_id: int) -> bool:
         """End the request if this token, appended already, was its last."""
