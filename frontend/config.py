@@ -1,7 +1,7 @@
 """What one API server process is told at its start, by the supervisor. Pure.
 
 The JSON comes through an inherited descriptor, so that API keys are never an argument or an environment variable. It
-is input from another process: `server_config_from_json` raises `ConfigError` for anything else than the supervisor writes.
+is input from another process: whatever is not what the supervisor writes raises `ConfigError`.
 """
 
 from __future__ import annotations

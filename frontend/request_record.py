@@ -17,17 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from metrics.catalogue import ENDED_REASONS, FINISHED_REASONS, HANDLERS, METHODS, STATUSES, UNDELIVERED_REASONS
 from metrics.layout import Histogram, Layout
 from metrics.tally import Tally, TallyError
 
 OBSERVED_REASONS: Final = ("stop", "length", "repetition")  # histograms of finished requests observe these only
-REASONS: Final = (*OBSERVED_REASONS, "abort", "error")
 REASON_ORDER: Final = ("error", "abort", "length", "repetition", "stop")  # of n sequences: the first present
-UNDELIVERED: Final = ("disconnect", "stop", "error", "server_lost")
-METHODS: Final = ("GET", "POST", "HEAD")
-HANDLERS: Final = ("/v1/completions", "/v1/chat/completions", "/v1/models")
-OTHER: Final = "other"
-STATUSES: Final = ("2xx", "3xx", "4xx", "5xx")
+OTHER: Final = "other"  # any method or route that has no label of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +64,11 @@ class EngineRecord:
         self._observe = observe
         self._received = cell("wholebatch:received_tokens_total")
         self._delivered = cell("wholebatch:delivered_tokens_total")
-        self._undelivered = {r: cell("wholebatch:undelivered_tokens_total", reason=r) for r in UNDELIVERED}
+        self._undelivered = {r: cell("wholebatch:undelivered_tokens_total", reason=r) for r in UNDELIVERED_REASONS}
         self._submitted = cell("wholebatch:sequences_submitted_total")
-        ended = "wholebatch:sequences_ended_total"
-        self._ended = {r: cell(ended, finished_reason=r) for r in (*REASONS, "server_lost")}
+        self._ended = {r: cell("wholebatch:sequences_ended_total", finished_reason=r) for r in ENDED_REASONS}
         self._in_flight = cell("wholebatch:api_server_requests_in_flight")
-        self._success = {r: cell("vllm:request_success_total", finished_reason=r) for r in REASONS}
+        self._success = {r: cell("vllm:request_success_total", finished_reason=r) for r in FINISHED_REASONS}
         self._stale_snapshots = cell("wholebatch:stale_snapshots_total")
         self._histograms = {name: layout.histogram(f"vllm:{name}", engine=label) for name in _HISTOGRAMS}
         self.num_in_flight = 0
@@ -153,7 +148,6 @@ class EngineRecord:
         cells = self._tally.cells
         held = cells[self._received] - cells[self._delivered] - sum(cells[c] for c in self._undelivered.values())
         in_flight = cells[self._submitted] - sum(cells[c] for c in self._ended.values())
-        assert held >= 0 and in_flight >= 0, f"more settled than was open: {held=} {in_flight=}"
         self._tally.inc(self._undelivered["server_lost"], held)
         self._tally.inc(self._ended["server_lost"], in_flight)
 
@@ -191,15 +185,15 @@ class RequestRecord:
         self.engines = tuple(EngineRecord(tally, layout, engine, self._observe) for engine in range(num_engines))
         self._http = {
             (method, handler, status): layout.cell("http_requests_total", method=method, handler=handler, status=status)
-            for method in (*METHODS, OTHER)
-            for handler in (*HANDLERS, OTHER)
+            for method in METHODS
+            for handler in HANDLERS
             for status in STATUSES
         }
         duration = "http_request_duration_seconds"
         self._http_seconds = {
             (method, handler): layout.histogram(duration, method=method, handler=handler)
-            for method in (*METHODS, OTHER)
-            for handler in (*HANDLERS, OTHER)
+            for method in METHODS
+            for handler in HANDLERS
         }
 
     def answered(self, method: str, handler: str, status: int, seconds: float) -> None:
@@ -231,4 +225,4 @@ class RequestRecord:
         try:
             self._tally.observe(histogram, value, count)
         except TallyError:
-            self.fault("observe")
+            self.fault("record")

@@ -42,9 +42,12 @@ class SocketReader:
             self._socket.send(raw, zmq.NOBLOCK)
         except zmq.Again:
             return False
-        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._loop.call_soon(self._on_readable)
+        self._events()
         return True
+
+    def can_send(self) -> bool:
+        """Whether at least one message would be taken now."""
+        return not self._socket.closed and bool(self._events() & zmq.POLLOUT)
 
     def drain(self) -> None:
         """Hand over everything that can be read now."""
@@ -56,6 +59,13 @@ class SocketReader:
         if not self._socket.closed:
             self._loop.remove_reader(self._fd)
             self._socket.close(linger=0)
+
+    def _events(self) -> int:
+        """Asking may swallow the descriptor's signal, as a send may: read soon what there is to read."""
+        events = int(self._socket.getsockopt(zmq.EVENTS))
+        if events & zmq.POLLIN:
+            self._loop.call_soon(self._on_readable)
+        return events
 
     def _on_readable(self) -> None:
         if not self._socket.closed and self._read_some():

@@ -1,0 +1,57 @@
+"""What runs, as the supervisor says it: the newest deployment table received, and whom a newer one concerns.
+
+The supervisor repeats the table ten times a second, so whoever is called may do things by and by. A table that does
+not decode is counted, logged once, and dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import zmq
+
+from frontend.sockets import Messages, SocketReader
+from metrics import broadcast
+from metrics.deployment import TOPIC, Deployment, DeploymentError, decode_deployment
+
+log = logging.getLogger(__name__)
+
+
+class DeploymentView:
+    """Calls every callback with every table that is not older than the one held, so also with repetitions."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], directory: str) -> None:
+        self.table: Deployment | None = None
+        self.num_rejected = 0
+        self._callbacks: list[Callable[[Deployment], None]] = []
+        socket = broadcast.make_subscriber(context, [broadcast.deployment_endpoint(directory)], [TOPIC])
+        self._reader = SocketReader(socket, self._on_messages)
+
+    def subscribe(self, callback: Callable[[Deployment], None]) -> None:
+        """Call back from now on, at once with the table held."""
+        self._callbacks.append(callback)
+        if self.table is not None:
+            callback(self.table)
+
+    def close(self) -> None:
+        self._callbacks.clear()
+        self._reader.close()
+
+    def _on_messages(self, messages: Messages) -> None:
+        for parts in messages:
+            try:
+                table = decode_deployment(parts[-1])
+            except DeploymentError as error:
+                self._on_rejected(error)
+                continue
+            if self.table is None or table.version >= self.table.version:
+                self.table = table
+        if self.table is not None:
+            for callback in self._callbacks:
+                callback(self.table)
+
+    def _on_rejected(self, error: DeploymentError) -> None:
+        if self.num_rejected == 0:
+            log.error("event=wire_rejected kind=deployment error=%r further=counted_only", str(error))
+        self.num_rejected += 1
