@@ -105,9 +105,9 @@ class _Choice:
         return len(delta.token_ids) - num_taken
 
     def _num_hidden(self, delta: Delta) -> int:
-        """1 where the last token is the one that the engine stopped at."""
-        stop = None if delta.finish is None else delta.finish.stop_token_id
-        return int(stop is not None and not self._shows_stop_token and delta.token_ids[-1:] == [stop])
+        """1 where the last token is the one that the engine stopped at: end of text, or one of `stop_token_ids`."""
+        stopped = delta.finish is not None and delta.finish.reason == "stop"
+        return int(stopped and not self._shows_stop_token and len(delta.token_ids) > 0)
 
     def _end(self, finish: Finish | None) -> None:
         if finish is not None:

@@ -83,7 +83,9 @@ class EngineLost(EngineUnavailable):
 
 
 class GenerationFailed(ApiError):
-    """The engine gave the request up with an error of its own."""
+    """The engine gave the request up, with a reason of its own (the KV cache cannot hold it)."""
+
+    status = 503
 
 
 def error_body(error: ApiError) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""Tokenizers small enough to reason about: every byte is a token, and a few words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from frontend.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, gguf_tokenizer
+from frontend.tokenizer import Tokenizer, _byte_level_alphabet
+
+ALPHABET = sorted(_byte_level_alphabet(), key=_byte_level_alphabet().__getitem__)
+END = 256
+START = 257
+TEMPLATE = "{% for m in messages %}<start>{{ m.role }}:{{ m.content }}<end>{% endfor %}<start>assistant:"
+
+
+def byte_level_metadata(pre: str = "gpt-2", **more: Any) -> dict[str, Any]:
+    """Token n is byte n; 256 is <end>, 257 is <start>, both special; 258 is a word, 259 a user's own token."""
+    tokens = [*ALPHABET, "<end>", "<start>", "he", "[own]"]
+    keys = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": [NORMAL] * 256 + [CONTROL, CONTROL, NORMAL, USER_DEFINED],
+        "merges": ["h e"],
+        "eos_token_id": END,
+        "bos_token_id": START,
+        **more,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | {"tokenizer.chat_template": TEMPLATE}
+
+
+def byte_level_tokenizer(**more: Any) -> Tokenizer:
+    return Tokenizer(gguf_tokenizer(byte_level_metadata(**more)))
+
+
+def sentencepiece_metadata(**more: Any) -> dict[str, Any]:
+    """Tokens 3 to 258 are the bytes; then letters and words whose scores say the order of merging."""
+    words = {"▁": -9.0, "a": -9.0, "b": -9.0, "c": -9.0, "ab": -2.0, "bc": -1.0, "abc": -3.0, "▁a": -4.0, "▁abc": -5.0}
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *words]
+    keys = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * 259 + list(words.values()),
+        "token_type": [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(words),
+        "unknown_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+
+
+def sentencepiece_tokenizer(**more: Any) -> Tokenizer:
+    return Tokenizer(gguf_tokenizer(sentencepiece_metadata(**more)))
