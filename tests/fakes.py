@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from engine.batch import Batch, SampledToken, ScheduledSequence
+from engine.wire import Finish, SamplingParams, TokenLogprobs
 
 T = TypeVar("T")
 
@@ -116,3 +120,102 @@ def fake_output(prompt_token_ids: Sequence[int], num_tokens: int, vocab_size: in
         output.append(value % vocab_size)
         value = prefix_hash(value, output[-1])
     return output
+
+
+# --- the engines, as the OpenAI routes see them ---
+
+
+@dataclass
+class FakeDelta:
+    """What a Generation hands out: new tokens of one sequence."""
+
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish: Finish | None = None
+
+
+def fake_finish(reason: str, *, message: str | None = None, num_cached_tokens: int = 0) -> Finish:
+    """An engine's last word on a sequence, times left out."""
+    return Finish(reason, None, message, 0.0, 0.0, 0.0, 0.0, num_cached_tokens, 0)
+
+
+class FakeGeneration:
+    """Plays a script, one list of deltas a wake-up; an exception in it is raised, and None waits for ever.
+
+    `log` gets every call in order; several may share one, so that the order of counting, committing and writing is
+    seen. `counts` sums the tokens that were accounted for.
+    """
+
+    def __init__(self, script: Sequence[Sequence[FakeDelta] | Exception | None], log: list[str] | None = None) -> None:
+        self._script = script
+        self.log: list[str] = [] if log is None else log
+        self.counts: Counter[str] = Counter()
+        self.is_finished = False
+        self.num_closed = 0
+
+    async def __aiter__(self) -> AsyncIterator[Sequence[FakeDelta]]:
+        for deltas in self._script:
+            await asyncio.sleep(0)
+            if deltas is None:
+                await asyncio.Event().wait()
+            elif isinstance(deltas, Exception):
+                raise deltas
+            else:
+                yield deltas
+
+    def stop(self, index: int) -> None:
+        self.log.append(f"stop {index}")
+
+    def delivered(self, num_tokens: int) -> None:
+        self.counts["delivered"] += num_tokens
+        self.log.append("count")
+
+    def undelivered(self, num_tokens: int, reason: str) -> None:
+        self.counts[reason] += num_tokens
+
+    def finish(self) -> None:
+        assert not self.is_finished, "finished twice"
+        assert not self.num_closed, "finished after it was closed"
+        self.is_finished = True
+        self.log.append("finish")
+
+    async def committed(self) -> None:
+        await asyncio.sleep(0)
+        self.log.append("commit")
+
+    def close(self) -> None:
+        self.num_closed += 1
+        if self.num_closed == 1:
+            self.log.append("close")
+
+
+@dataclass
+class FakeAsk:
+    """What was submitted, and the generation that plays for it."""
+
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    n: int
+    priority: int
+    generation: FakeGeneration
+
+
+class FakeClients:
+    """Plays the next script for each request that is submitted; an exception in place of a script is raised."""
+
+    def __init__(self, *scripts: Sequence[Sequence[FakeDelta] | Exception | None] | Exception) -> None:
+        self._scripts = list(scripts)
+        self.log: list[str] = []
+        self.asks: list[FakeAsk] = []
+
+    async def submit(
+        self, prompt_token_ids: list[int], sampling: SamplingParams, *, n: int, priority: int, arrived_at: float
+    ) -> FakeGeneration:
+        sampling.check()
+        script = self._scripts.pop(0)
+        if isinstance(script, Exception):
+            raise script
+        generation = FakeGeneration(script, self.log)
+        self.asks.append(FakeAsk(prompt_token_ids, sampling, n, priority, generation))
+        return generation
