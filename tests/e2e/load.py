@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from tests.e2e.harness import Served
 
 
-class Broken(Exception):
+class BrokenRequestError(Exception):
     """A request that ended otherwise than whole: refused, or with an error in its stream, or cut off."""
 
 
@@ -60,7 +60,7 @@ def stream(deployment: Served, ask: Ask) -> Seen:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         if answer.status != 200:
-            raise Broken(f"{answer.status}: {answer.read().decode()}")
+            raise BrokenRequestError(f"{answer.status}: {answer.read().decode()}")
         while line := answer.readline():
             if line.strip() == b"data: [DONE]":
                 return Seen(ask, tokens, "".join(texts))
@@ -68,7 +68,7 @@ def stream(deployment: Served, ask: Ask) -> Seen:
                 continue
             chunk = json.loads(line[6:])
             if "error" in chunk:
-                raise Broken(str(chunk))
+                raise BrokenRequestError(str(chunk))
             if chunk.get("usage"):
                 tokens = chunk["usage"]["completion_tokens"]
             texts += [choice["text"] for choice in chunk["choices"] if choice["text"]]
@@ -76,7 +76,7 @@ def stream(deployment: Served, ask: Ask) -> Seen:
                 return Seen(ask, None, "".join(texts))
     finally:
         connection.close()
-    raise Broken("the stream ended without [DONE]")
+    raise BrokenRequestError("the stream ended without [DONE]")
 
 
 def run(deployment: Served, requests: Sequence[Ask], *, at_a_time: int) -> list[Seen]:

@@ -26,7 +26,7 @@ import psutil
 
 from tests.benchmarks.report import document, table
 from tests.e2e.harness import Samples, Served, served, total, wait_for
-from tests.e2e.load import Ask, Broken, asks, stream
+from tests.e2e.load import Ask, BrokenRequestError, asks, stream
 from tests.e2e.watch import Watch, engine_layout
 from tests.tiny_models import write_tiny_llama
 
@@ -67,7 +67,7 @@ class Clients:
             number = source.randrange(len(self.asks))
             try:
                 seen = stream(self.served, self.asks[number])
-            except (Broken, ConnectionError, http.client.HTTPException, TimeoutError) as error:
+            except (BrokenRequestError, ConnectionError, http.client.HTTPException, TimeoutError) as error:
                 with self._lock:
                     self.broken[type(error).__name__] += 1
                 time.sleep(0.02)  # a refused client comes back, and does not spin
