@@ -1,4 +1,4 @@
-"""What a scrape costs: ours over HTTP against N API servers and K engines, beside prometheus_client's multiprocess mode.
+"""What a scrape costs: ours over HTTP, N API servers and K engines, beside the multiprocess mode of prometheus_client.
 
 The other side holds the same series (every one of our catalogue's, in every process, as a server has them that keeps
 all of its statistics in each API server) and is only asked to collect and write them, without HTTP in front: the
