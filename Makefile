@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help install install-test model serve test check format bench generate clean
+.PHONY: help install install-test model serve test check format bench soak generate clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ generate: install ## rewrite the metric table of the README from the catalogue
 
 bench: install-test model ## measure what the README claims
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+soak: install-test ## kill, freeze and restart processes under load, then audit; longer: make soak ARGS='--faults 200'
+	$(BIN)/python -m tests.e2e.soak $(ARGS)
 
 clean: ## remove the environment and every cache below this folder
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -152,7 +152,7 @@ class FakeGeneration:
         self.log: list[str] = [] if log is None else log
         self.counts: Counter[str] = Counter()
         self.is_finished = False
-        self.num_closed = 0
+        self.closed = asyncio.Event()
 
     async def __aiter__(self) -> AsyncIterator[Sequence[FakeDelta]]:
         for deltas in self._script:
@@ -176,7 +176,7 @@ class FakeGeneration:
 
     def finish(self) -> None:
         assert not self.is_finished, "finished twice"
-        assert not self.num_closed, "finished after it was closed"
+        assert not self.closed.is_set(), "finished after it was closed"
         self.is_finished = True
         self.log.append("finish")
 
@@ -185,9 +185,9 @@ class FakeGeneration:
         self.log.append("commit")
 
     def close(self) -> None:
-        self.num_closed += 1
-        if self.num_closed == 1:
+        if not self.closed.is_set():
             self.log.append("close")
+        self.closed.set()
 
 
 @dataclass
@@ -208,12 +208,15 @@ class FakeClients:
         self._scripts = list(scripts)
         self.log: list[str] = []
         self.asks: list[FakeAsk] = []
+        self.has_taken_all = asyncio.Event()
 
     async def submit(
         self, prompt_token_ids: list[int], sampling: SamplingParams, *, n: int, priority: int, arrived_at: float
     ) -> FakeGeneration:
         sampling.check()
         script = self._scripts.pop(0)
+        if not self._scripts:
+            self.has_taken_all.set()
         if isinstance(script, Exception):
             raise script
         generation = FakeGeneration(script, self.log)
