@@ -125,7 +125,7 @@ class _Choice:
 
     def pop_piece(self) -> Piece | None:
         """What can be shown now."""
-        if not self._piece.text and not self.is_finished:
+        if not self._piece.text and self._piece.finish_reason is None:
             return None
         piece, self._piece = self._piece, Piece(self._piece.choice)
         return piece

@@ -258,7 +258,20 @@ async def _stream(
 
 def add_routes(app: web.Application, service: Callable[[], OpenAIService]) -> None:
     """`service` is asked at each request, and raises EngineUnavailable while no engine has said what it serves."""
-    app.router.add_post("/v1/completions", lambda http: service().completions(http))
-    app.router.add_post("/v1/chat/completions", lambda http: service().chat_completions(http))
-    app.router.add_get("/v1/models", lambda http: service().models(http))
-    app.router.add_get("/v1/models/{name:.+}", lambda http: service().model(http))
+
+    async def completions(http: web.Request) -> web.StreamResponse:
+        return await service().completions(http)
+
+    async def chat_completions(http: web.Request) -> web.StreamResponse:
+        return await service().chat_completions(http)
+
+    async def models(http: web.Request) -> web.StreamResponse:
+        return await service().models(http)
+
+    async def model(http: web.Request) -> web.StreamResponse:
+        return await service().model(http)
+
+    app.router.add_post("/v1/completions", completions)
+    app.router.add_post("/v1/chat/completions", chat_completions)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/v1/models/{name:.+}", model)
