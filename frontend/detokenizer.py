@@ -39,12 +39,13 @@ class StopStrings:
     Of several stop strings in the same text the one that begins first counts.
     """
 
-    __slots__ = ("_held", "_includes_stop", "_longest", "_stops")
+    __slots__ = ("_beginnings", "_held", "_includes_stop", "_longest", "_stops")
 
     def __init__(self, stops: Sequence[str], *, includes_stop: bool = False) -> None:
         assert all(stops), "an empty stop string stops everywhere"
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
+        self._beginnings = frozenset("".join(stop[:-1] for stop in stops))  # the characters of all their beginnings
         self._includes_stop = includes_stop
         self._held = ""
 
@@ -69,6 +70,8 @@ class StopStrings:
 
     def _num_held(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
+        if text[-1:] not in self._beginnings:
+            return 0
         longest = min(self._longest - 1, len(text))
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0)
 

@@ -178,10 +178,11 @@ class Generation:
         self._is_closed = True
         self._end_open("abort")
         self._pending.clear()
+        failed = self.error is not None or any(sequence.reason == "error" for sequence in self.sequences)
         if self._num_held:
-            self.undelivered(self._num_held, "disconnect" if self.error is None else "error")
+            self.undelivered(self._num_held, "error" if failed else "disconnect")
         if not self._is_finished:
-            self._record.gave_up("abort" if self.error is None else "error")
+            self._record.gave_up("error" if failed else "abort")
         self._group.soon()
 
     # --- inside ---
