@@ -28,11 +28,12 @@ class DeploymentView:
         socket = broadcast.make_subscriber(context, [broadcast.deployment_endpoint(directory)], [TOPIC])
         self._reader = SocketReader(socket, self._on_messages)
 
-    def subscribe(self, callback: Callable[[Deployment], None]) -> None:
-        """Call back from now on, at once with the table held."""
+    def subscribe(self, callback: Callable[[Deployment], None]) -> Callable[[], None]:
+        """Call back from now on, at once with the table held. Returns what ends it."""
         self._callbacks.append(callback)
         if self.table is not None:
             callback(self.table)
+        return lambda: self._callbacks.remove(callback)
 
     def close(self) -> None:
         self._callbacks.clear()
@@ -48,7 +49,7 @@ class DeploymentView:
             if self.table is None or table.version >= self.table.version:
                 self.table = table
         if self.table is not None:
-            for callback in self._callbacks:
+            for callback in list(self._callbacks):
                 callback(self.table)
 
     def _on_rejected(self, error: DeploymentError) -> None:

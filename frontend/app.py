@@ -1,0 +1,224 @@
+"""The two applications of an API server: the public one, shared with the other API servers, and its own admin port.
+
+Public: the OpenAI API, and what speaks of the whole deployment. Admin: what speaks of this process, and the snapshots
+it may export, for the other API servers. Neither knows sockets; `frontend.server` binds them.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+from aiohttp import web
+
+from frontend import openai
+from frontend.config import ServerConfig
+from frontend.deployment_view import DeploymentView
+from frontend.errors import EngineUnavailable, NotFound, Unauthorized, error_middleware
+from frontend.exporter import LEASE_HEADER, boottime
+from frontend.serving import Serving
+from metrics.deployment import API_SERVER, Deployment
+from metrics.snapshot import encode
+
+MAX_BODY_BYTES: Final = 4 * 2**20
+CLIENT_GONE: Final = 499  # no answer was seen; counted as 4xx
+STATUS_ROUTES: Final = ("/metrics", "/health", "/ping", "/load", "/version", "/deployment")  # not in HTTP metrics
+TEMPLATES: Final = {"/v1/models/{name}": "/v1/models"}  # routes that share a label
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(slots=True)
+class State:
+    """What the routes see. `serving` is None until the facts are known."""
+
+    config: ServerConfig
+    view: DeploymentView
+    serving: Serving | None = None
+
+    def ready(self) -> Serving:
+        """Raises EngineUnavailable while there is nothing to serve with."""
+        if self.serving is None:
+            raise EngineUnavailable("the engine is starting, try again", code="starting")
+        return self.serving
+
+    def table(self) -> Deployment:
+        """Raises EngineUnavailable before the supervisor's first word."""
+        if self.view.table is None:
+            raise EngineUnavailable("the deployment is starting, try again", code="starting")
+        return self.view.table
+
+
+def public_app(state: State) -> web.Application:
+    """What clients and scrapers of the deployment use."""
+    middlewares = [_http_metrics(state), error_middleware, _authentication(state.config.api_keys)]
+    app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
+    openai.add_routes(app, lambda: state.ready().openai)
+    routes = StatusRoutes(state)
+    routes.add_to(app)
+    app.router.add_get("/metrics", routes.metrics)
+    app.router.add_get("/metrics/engine/{engine}", routes.engine_metrics)
+    return app
+
+
+def admin_app(state: State) -> web.Application:
+    """What speaks of this process."""
+    app = web.Application(middlewares=[error_middleware])
+    routes = StatusRoutes(state)
+    routes.add_to(app)
+    app.router.add_get("/metrics", routes.own_metrics)
+    app.router.add_get("/internal/snapshot/{engine}", routes.snapshot)
+    return app
+
+
+class StatusRoutes:
+    """Health, what runs, how much, and the metrics."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def add_to(self, app: web.Application) -> None:
+        """The routes that both applications have."""
+        app.router.add_get("/health", self.health)
+        app.router.add_route("*", "/ping", self.health)
+        app.router.add_get("/version", self.version)
+        app.router.add_get("/deployment", self.deployment)
+        app.router.add_get("/load", self.load)
+
+    async def health(self, request: web.Request) -> web.Response:
+        """200 while a request would find an engine."""
+        if not self._state.ready().clients.has_ready_engine:
+            raise EngineUnavailable("no engine is ready, try again", code="engine_unavailable")
+        return web.Response()
+
+    async def version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": _version()})
+
+    async def deployment(self, request: web.Request) -> web.Response:
+        """Every process, and who exports each engine's series."""
+        table = self._state.table()
+        body = {
+            "version": table.version,
+            "facts": None if table.facts is None else asdict(table.facts),
+            "processes": [self._process(asdict(entry)) for entry in table.processes],
+            "exporters": self._exporters(),
+        }
+        return web.json_response(body)
+
+    async def load(self, request: web.Request) -> web.Response:
+        """Sequences that the whole deployment's API servers wait for; the same from any of them."""
+        return web.json_response({"server_load": self._state.ready().scrape.num_in_flight()})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """The whole deployment's."""
+        return _exposition(*await self._state.ready().scrape.whole(_accept(request)))
+
+    async def engine_metrics(self, request: web.Request) -> web.Response:
+        """One engine's series alone."""
+        scrape = self._state.ready().scrape
+        return _exposition(*await scrape.engine(self._engine(request), _accept(request)))
+
+    async def own_metrics(self, request: web.Request) -> web.Response:
+        """This process's."""
+        return _exposition(*self._state.ready().scrape.own(_accept(request)))
+
+    async def snapshot(self, request: web.Request) -> web.Response:
+        """The newest snapshot of an engine whose exporter this process is; 404 where it is not."""
+        exporter = self._state.ready().exporter
+        held = exporter.held(self._engine(request))
+        if held is not None:
+            body = encode(held.snapshot)
+            lease_s = held.expires_at - boottime()  # P2: the last look, just before it is written
+            if lease_s > 0:
+                headers = {LEASE_HEADER: repr(lease_s)}
+                return web.Response(body=body, content_type="application/msgpack", headers=headers)
+        raise NotFound("this process does not export that engine's series", code="not_the_exporter")
+
+    def _engine(self, request: web.Request) -> int:
+        text = request.match_info["engine"]
+        num_engines = self._state.config.num_engines
+        if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) < num_engines):
+            raise NotFound(f"no such engine: {text[:40]!r}, there are {num_engines}")
+        return int(text)
+
+    def _process(self, entry: dict[str, Any]) -> dict[str, Any]:
+        if entry["role"] != API_SERVER or entry["index"] >= len(self._state.config.admin_addresses):
+            return entry
+        host, port = self._state.config.admin_addresses[entry["index"]]
+        return entry | {"admin_url": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"}
+
+    def _exporters(self) -> list[dict[str, Any]]:
+        views = [] if self._state.serving is None else self._state.serving.exporter.engines
+        grants = [None if view.grant is None else asdict(view.grant) for view in views]
+        return [{"engine": engine, "grant": grant} for engine, grant in enumerate(grants)]
+
+
+def _exposition(body: bytes, content_type: str) -> web.Response:
+    return web.Response(body=body, headers={"Content-Type": content_type})
+
+
+def _accept(request: web.Request) -> str:
+    return ",".join(request.headers.getall("Accept", []))
+
+
+def _version() -> str:
+    try:
+        return version("wholebatch")
+    except PackageNotFoundError:
+        return "unknown"  # run from a checkout that is not installed
+
+
+def _authentication(api_keys: tuple[str, ...]) -> Any:
+    """Guards /v1 where there are keys; health and metrics stay open."""
+    keys = [key.encode() for key in api_keys]
+
+    @web.middleware
+    async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if keys and request.path.startswith("/v1") and not _is_authorized(request, keys):
+            raise Unauthorized("no API key, or a wrong one, in the Authorization header", code="invalid_api_key")
+        return await handler(request)
+
+    return authenticate
+
+
+def _is_authorized(request: web.Request, keys: list[bytes]) -> bool:
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    token = given.strip().encode("utf-8", "surrogateescape")
+    # Every key is compared, each in constant time: how long it takes says nothing about which one nearly fits.
+    num_equal = sum(hmac.compare_digest(token, key) for key in keys)
+    return num_equal > 0 and scheme.lower() == "bearer"
+
+
+def _http_metrics(state: State) -> Any:
+    """Counts every answer but those about status, by route template. Outermost: it sees what the client sees."""
+
+    @web.middleware
+    async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
+        template = _template(request)
+        if template.startswith(STATUS_ROUTES):
+            return await handler(request)
+        started_at = time.monotonic()
+        status = CLIENT_GONE
+        try:
+            response = await handler(request)
+            status = response.status
+        finally:
+            serving = state.serving
+            if serving is not None:
+                serving.record.answered(request.method, template, status, time.monotonic() - started_at)
+                serving.group.soon()
+        if serving is not None and not response.prepared:
+            await serving.group.committed()  # P4: counted before it is seen
+        return response
+
+    return observe
+
+
+def _template(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    template = "other" if resource is None else resource.canonical
+    return TEMPLATES.get(template, template)

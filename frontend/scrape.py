@@ -1,0 +1,223 @@
+"""What one answer to a scrape consists of: whose series, of which scopes, and the last look at the leases.
+
+Public port: the whole deployment. Request-level series are summed over every API server's tally file, whichever API
+server answers; each engine's series come from its exporter; every process has its own process series. Admin port:
+this process's own, and the series of the engines whose exporter it is, so that the admin ports sum to the public one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+
+from frontend.exporter import Exportable, Exporter
+from metrics.deployment import API_SERVER, ENGINE, ROLES, SUPERVISOR, Deployment, Facts
+from metrics.exposition import (
+    PROCESS_SCOPES,
+    Format,
+    Part,
+    Renderer,
+    Template,
+    add_up,
+    choose_format,
+    scrape_part,
+)
+from metrics.layout import Layout, Shape, build_layout
+from metrics.metric import Scope
+from metrics.process import python_info
+from metrics.store import StoreError, TallyReader, TallyReading, tally_path
+
+Engines = Mapping[int, Exportable]
+
+IN_FLIGHT: Final = "wholebatch:api_server_requests_in_flight"
+
+
+class Layouts:
+    """The three layouts of a deployment."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self._by_role = {role: build_layout(role, shape) for role in ROLES}
+
+    def __getitem__(self, role: str) -> Layout:
+        return self._by_role[role]
+
+    @cached_property
+    def in_flight_cells(self) -> list[int]:
+        """Of an API server's tally: the gauge of each engine."""
+        layout = self[API_SERVER]
+        return [layout.cell(IN_FLIGHT, engine=str(engine)) for engine in range(self.shape.num_engines)]
+
+
+class ProcessTally:
+    """The tally file of one process index, and its process series: with gauges while the process lives."""
+
+    def __init__(self, directory: str, role: str, index: int, layout: Layout, *, label: str | None, log_stats: bool):
+        self.role = role
+        self.index = index
+        self._reader = TallyReader(tally_path(directory, role, index), layout)
+        self._templates = {
+            is_alive: Template(layout, PROCESS_SCOPES, process=label, log_stats=log_stats, has_gauges=is_alive)
+            for is_alive in (False, True)
+        }
+
+    def read(self) -> TallyReading | None:
+        """The last commit; None while there is no such file, or none that can be trusted."""
+        try:
+            return self._reader.read()
+        except StoreError:
+            return None
+
+    def part(self, reading: TallyReading, is_alive: bool) -> Part:
+        """Its process series."""
+        return self._templates[is_alive].part(reading.cells, reading.created_unix)
+
+
+class Scrape:
+    """Answers scrapes. `table` is the newest deployment table."""
+
+    def __init__(
+        self,
+        directory: str,
+        index: int,
+        layouts: Layouts,
+        facts: Facts,
+        exporter: Exporter,
+        table: Callable[[], Deployment | None],
+        *,
+        log_stats: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        shape = layouts.shape
+        self._index = index
+        self._layouts = layouts
+        self._facts = facts
+        self._exporter = exporter
+        self._table = table
+        self._clock = clock
+        self._renderer = Renderer()
+        name = facts.model_name
+        self._requests = Template(layouts[API_SERVER], (Scope.REQUEST,), model_name=name, log_stats=log_stats)
+        self._engines = [
+            Template(layouts[ENGINE], (Scope.ENGINE,), model_name=name, engine=engine, log_stats=log_stats)
+            for engine in range(shape.num_engines)
+        ]
+        indices = [(API_SERVER, i) for i in range(shape.num_api_servers)]
+        indices += [*((ENGINE, i) for i in range(shape.num_engines)), (SUPERVISOR, 0)]
+        self._processes = [
+            ProcessTally(directory, role, i, layouts[role], label=f"{role}-{i}", log_stats=log_stats)
+            for role, i in indices
+        ]
+        own = layouts[API_SERVER]
+        self._own = ProcessTally(directory, API_SERVER, index, own, label=None, log_stats=log_stats)
+        self._cache_config = _cache_config(facts)
+
+    @property
+    def num_engines(self) -> int:
+        return len(self._engines)
+
+    async def whole(self, accept: str) -> tuple[bytes, str]:
+        """(body, content type) for the whole deployment."""
+        engines = range(self.num_engines)
+        found = await asyncio.gather(*(self._exporter.series(engine) for engine in engines))
+        exportable = {engine: one for engine, one in zip(engines, found, strict=True) if one is not None}
+        form = choose_format(accept)
+        return self._render(
+            exportable, lambda fresh: [*self._shared_parts(), *self._engine_parts(fresh, engines)], form
+        )
+
+    async def engine(self, engine: int, accept: str) -> tuple[bytes, str]:
+        """(body, content type) for one engine's series alone."""
+        found = await self._exporter.series(engine)
+        exportable = {} if found is None else {engine: found}
+        return self._render(exportable, lambda fresh: self._engine_parts(fresh, [engine]), choose_format(accept))
+
+    def own(self, accept: str) -> tuple[bytes, str]:
+        """(body, content type) for this process alone."""
+        held = {engine: self._exporter.held(engine) for engine in range(self.num_engines)}
+        exportable = {engine: one for engine, one in held.items() if one is not None}
+        form = choose_format(accept)
+        return self._render(exportable, lambda fresh: [*self._own_parts(), *self._engine_parts(fresh, [*fresh])], form)
+
+    def num_in_flight(self) -> int:
+        """Sequences that all API servers together wait for."""
+        cells = self._layouts.in_flight_cells
+        alive = [reading for reading, is_alive in self._readings(API_SERVER) if is_alive]
+        return int(sum(reading.cells[cells].sum() for reading in alive))
+
+    def _render(self, engines: Engines, parts: Callable[[Engines], Sequence[Part]], form: Format) -> tuple[bytes, str]:
+        """P2: an engine whose lease has run out by now, or by the time the text is ready, is left out."""
+        while True:
+            fresh = self._fresh(engines)
+            body = self._renderer.render(parts(fresh), form)
+            if len(self._fresh(fresh)) == len(fresh):
+                return body, form.content_type
+            engines = fresh
+
+    def _fresh(self, engines: Engines) -> Engines:
+        now = self._clock()
+        return {engine: one for engine, one in engines.items() if now < one.expires_at}
+
+    # --- parts ---
+
+    def _shared_parts(self) -> list[Part]:
+        """Request-level series summed, and each process's own."""
+        parts = [scrape_part([("python_info", python_info(), 1.0)])]
+        tallies = []
+        for process in self._processes:
+            reading = process.read()
+            if reading is None:
+                continue
+            is_alive = self._is_alive(process.role, process.index, reading)
+            parts.append(process.part(reading, is_alive))
+            if process.role == API_SERVER:
+                tallies.append((reading.cells, reading.created_unix, is_alive))
+        cells, created_unix = add_up(self._layouts[API_SERVER], tallies)
+        return [self._requests.part(cells, created_unix), *parts]
+
+    def _own_parts(self) -> list[Part]:
+        parts = [scrape_part([("python_info", python_info(), 1.0)])]
+        reading = self._own.read()
+        if reading is not None:
+            parts += [self._requests.part(reading.cells, reading.created_unix), self._own.part(reading, True)]
+        return parts
+
+    def _engine_parts(self, fresh: Engines, engines: Sequence[int]) -> list[Part]:
+        """The series of those that are fresh; of the others only that they are absent."""
+        name = self._facts.model_name
+        up = [("wholebatch:exporter_up", {"engine": str(e)}, float(e in fresh)) for e in engines]
+        config = [("vllm:cache_config_info", self._cache_config | {"engine": str(e)}, 1.0) for e in fresh]
+        parts = [scrape_part([*up, *config], model_name=name)]
+        for engine, one in fresh.items():
+            cells = np.frombuffer(one.snapshot.cells, dtype="<f8")
+            parts.append(self._engines[engine].part(cells, one.snapshot.created_unix))
+        return parts
+
+    def _readings(self, role: str) -> list[tuple[TallyReading, bool]]:
+        """(reading, whether its process lives) of every index of a role."""
+        found = ((process, process.read()) for process in self._processes if process.role == role)
+        return [(r, self._is_alive(process.role, process.index, r)) for process, r in found if r is not None]
+
+    def _is_alive(self, role: str, index: int, reading: TallyReading) -> bool:
+        """Whether the incarnation that wrote it is the newest one, and runs."""
+        if role == API_SERVER and index == self._index:
+            return True
+        table = self._table()
+        entry = None if table is None else table.find(role, index)
+        return entry is not None and entry.incarnation == reading.incarnation and entry.state != "ended"
+
+
+def _cache_config(facts: Facts) -> dict[str, str]:
+    num_tokens = facts.block_size * facts.num_gpu_blocks
+    return {
+        "block_size": str(facts.block_size),
+        "num_gpu_blocks": str(facts.num_gpu_blocks),
+        "cache_dtype": facts.cache_dtype,
+        "enable_prefix_caching": str(facts.enable_prefix_caching),
+        "kv_cache_size_tokens": str(num_tokens),
+        "kv_cache_max_concurrency": f"{num_tokens / facts.max_model_len:.2f}",
+    }

@@ -1,0 +1,193 @@
+"""`python -m frontend.server --config-fd N`: one API server process, started by the supervisor.
+
+It inherits its sockets: the public one, listening already and shared by all API servers, so that the death of one takes
+no queued connection with it, and an admin socket of its own. It ends at once when the supervisor does, and in an
+orderly way on SIGTERM: give up export rights, stop accepting, let requests finish, close.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import setproctitle
+import zmq
+from aiohttp import web
+
+from frontend.app import State, admin_app, public_app
+from frontend.config import ConfigError, ServerConfig, server_config_from_json
+from frontend.deployment_view import DeploymentView
+from frontend.serving import Serving
+from frontend.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from metrics.deployment import Alive, Deployment, Facts, Failed, Ready
+from metrics.lifeline import Lifeline
+from metrics.store import StoreError
+
+try:
+    from uvloop import new_event_loop
+except ImportError:  # not on this platform
+    from asyncio import new_event_loop
+
+log = logging.getLogger("frontend.server")
+
+ALIVE_S: Final = 0.5
+BACKLOG: Final = 1024
+CANCEL_S: Final = 2.0  # for requests that are cut off at the end of the drain
+
+
+class Server:
+    """The process's life: start, serve, drain, end."""
+
+    def __init__(self, config: ServerConfig, lifeline: Lifeline) -> None:
+        self._config = config
+        self._lifeline = lifeline
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._view = DeploymentView(self._context, config.directory)
+        self._state = State(config, self._view)
+        self._stopping = asyncio.Event()
+        self._progress = 0
+
+    async def run(self) -> int:
+        """The exit code."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
+        loop.add_reader(self._lifeline.fileno(), self._on_lifeline)
+        alive = asyncio.create_task(self._report_alive())
+        public = _runner(public_app(self._state), self._config.drain_timeout_s)
+        admin = _runner(admin_app(self._state), CANCEL_S)
+        try:
+            await admin.setup()
+            await public.setup()
+            await self._serve(public, admin)
+            return 0
+        except TokenizerError as error:
+            log.error("event=start_failed error=%r", str(error))
+            self._lifeline.report(Failed(message=str(error)))
+            return 1
+        except StoreError as error:
+            log.error("event=start_failed error=%r", str(error))
+            return 1  # to be tried again: a full disk may have room by then
+        finally:
+            await self._end(public, admin)
+            alive.cancel()
+
+    async def _serve(self, public: web.AppRunner, admin: web.AppRunner) -> None:
+        """Accept from the start while the deployment itself starts, with an honest 503; but a restarted API server
+        accepts only once it can serve, since others can serve meanwhile."""
+        await _site(admin, self._config.admin_fd)
+        table = await self._until(self._next_table(lambda table: True))
+        is_accepting = table is not None and table.facts is None
+        if is_accepting:
+            await _site(public, self._config.listen_fd)
+        tokenizer = await asyncio.to_thread(load_tokenizer, self._config.model_path)
+        table = await self._until(self._next_table(lambda table: table.facts is not None))
+        if table is None or table.facts is None:
+            return
+        self._begin(table.facts, tokenizer)
+        if not is_accepting:
+            await _site(public, self._config.listen_fd)
+        self._lifeline.report(Ready())
+        log.info("event=ready incarnation=%d", self._config.incarnation)
+        await self._stopping.wait()
+
+    def _begin(self, facts: Facts, tokenizer: Tokenizer) -> None:
+        self._state.serving = Serving(self._config, facts, self._context, self._view, tokenizer)
+
+    async def _next_table(self, is_wanted: Callable[[Deployment], bool]) -> Deployment:
+        """The first table that is wanted."""
+        found: asyncio.Future[Deployment] = asyncio.get_running_loop().create_future()
+
+        def look(table: Deployment) -> None:
+            if is_wanted(table) and not found.done():
+                found.set_result(table)
+
+        unsubscribe = self._view.subscribe(look)
+        try:
+            return await found
+        finally:
+            unsubscribe()
+
+    async def _until(self, wanted: Coroutine[Any, Any, Deployment]) -> Deployment | None:
+        """What is awaited; None if the end comes first."""
+        waiting = asyncio.create_task(wanted)
+        stopping = asyncio.create_task(self._stopping.wait())
+        done, pending = await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        return waiting.result() if waiting in done else None
+
+    async def _end(self, public: web.AppRunner, admin: web.AppRunner) -> None:
+        """Rights first, so that another exports at once; then the requests; then everything else."""
+        log.info("event=stopping drain_timeout_s=%s", self._config.drain_timeout_s)
+        serving = self._state.serving
+        if serving is not None:
+            serving.exporter.resign()
+        await public.cleanup()
+        if serving is not None:
+            await serving.close()
+        await admin.cleanup()
+        self._view.close()
+        self._context.destroy(linger=0)
+        log.info("event=stopped")
+
+    async def _report_alive(self) -> None:
+        while True:
+            self._progress += 1  # the event loop turns: that is an API server's progress
+            serving = self._state.serving
+            self._lifeline.report(Alive(progress=self._progress, is_busy=serving is not None and serving.is_busy))
+            await asyncio.sleep(ALIVE_S)
+
+    def _on_lifeline(self) -> None:
+        if self._lifeline.is_severed():
+            os._exit(1)  # the supervisor is gone; what was counted is committed
+
+
+def _runner(app: web.Application, shutdown_timeout_s: float) -> web.AppRunner:
+    # handler_cancellation: a client that has gone cancels its handler, which aborts its sequences.
+    return web.AppRunner(
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_timeout_s, handle_signals=False
+    )
+
+
+async def _site(runner: web.AppRunner, descriptor: int) -> None:
+    """Serve the listening socket that was inherited."""
+    listening = socket.socket(fileno=descriptor)
+    listening.setblocking(False)
+    await web.SockSite(runner, listening, backlog=BACKLOG).start()
+
+
+def _read_config(descriptor: int) -> ServerConfig:
+    with os.fdopen(descriptor, encoding="utf-8") as file:
+        return server_config_from_json(file.read())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 after SIGTERM, 1 after a failure, 2 for a configuration that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m frontend.server", description=__doc__)
+    parser.add_argument("--config-fd", type=int, required=True, help="descriptor that the configuration is read from")
+    try:
+        config = _read_config(parser.parse_args(arguments).config_fd)
+    except (ConfigError, OSError) as error:
+        print(f"frontend.server: cannot read the configuration: {error}", file=sys.stderr)
+        return 2
+    setproctitle.setproctitle(f"wholebatch api-server {config.index}")
+    name = f"api-server-{config.index}"
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s level=%(levelname)s process={name} %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the supervisor too, and it decides
+
+    async def serve() -> int:
+        return await Server(config, Lifeline(config.lifeline_fd)).run()
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(serve())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
