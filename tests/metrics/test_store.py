@@ -165,6 +165,15 @@ def test_a_reader_at_any_interleaving_reads_a_commit_or_nothing(turns: list[int]
     assert turns or bank is not None  # a writer that rests is read
 
 
+def test_a_reader_tries_again_when_a_commit_passes_while_it_copies():
+    recording = RecordingMemory(LAYOUT.num_cells, BANK_BYTES)
+    banks.commit(recording, HEADER_CRC, Bank(2, 1, cells_of(2)))
+    turns = [2, 0, 0]  # taken from the end: nothing around reading the sequence, the whole commit within the copy
+    memory = InterleavedMemory(fresh_buffer(), LAYOUT.num_cells, iter(recording.steps), turns, BANK_BYTES // 2)
+    assert banks.read(memory, HEADER_CRC) is None
+    assert banks.read(memory, HEADER_CRC) == Bank(2, 1, cells_of(2))
+
+
 def test_a_real_process_killed_at_any_moment_loses_nothing_it_committed(tmp_path: Path):
     """The child says which commit it made, after it made it: nothing said may be missing afterwards."""
     program = (
