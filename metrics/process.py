@@ -23,7 +23,7 @@ _GC_COUNTERS: Final = {
 
 
 class ProcessMetrics:
-    """Figures of the calling process. `update` costs some 100 µs, most of it to list the open descriptors."""
+    """Figures of the calling process. `update` costs some 20 µs."""
 
     __slots__ = ("_cells", "_page_bytes", "_proc", "_seen", "_started_unix", "_tally", "_tick_hz")
 
