@@ -1,0 +1,1 @@
+"""Models: what is computed between a batch's token ids and its logits."""

@@ -1,0 +1,162 @@
+"""Logits and sampling parameters to tokens, a whole batch at a time.
+
+Stateless: everything is derived from the sequence's tokens, so preemption and recomputation change nothing. The order
+of operations is vLLM's: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
+
+Randomness is one number in [0, 1) for each token, a hash of (seed, number of tokens generated so far); the token is
+where the cumulative distribution, in vocabulary order, passes it. So the batch that a sequence happens to be in, a
+preemption or a restart cannot change a seeded sample. Sequences without a seed get one from the engine's seed and
+their id.
+
+Candidates are cut by a threshold on logits, so tokens that tie at the cut stay together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+import torch
+
+from engine.batch import SampledToken, ScheduledSequence, TokenLogprobs
+from engine.sampling_params import SamplingParams
+
+_NUM_CANDIDATES = 1024  # looked at first for top_p; a flatter distribution is sorted whole
+_RESOLUTION = 48  # bits of the random number: u * total < total holds for every total
+
+
+class Sampler:
+    """Holds what is the same for every batch: the seed and the end tokens."""
+
+    def __init__(self, *, seed: int, eos_token_ids: frozenset[int]) -> None:
+        self._seed = seed
+        self._eos_token_ids = sorted(eos_token_ids)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
+        """One token for each row of `logits` (num_sequences, vocab), float32. The logits are changed in place."""
+        reported = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
+        raw = logits[reported].log_softmax(-1) if reported else None
+        for row, sequence in enumerate(sequences):
+            if _adjusts(sequence.sampling):
+                self._adjust(logits[row], sequence)
+        tokens = logits.argmax(-1)
+        random_rows = [row for row, s in enumerate(sequences) if s.sampling.temperature > 0]
+        if random_rows:
+            chosen = self._draw(logits[random_rows], [sequences[row] for row in random_rows])
+            tokens[torch.tensor(random_rows, device=tokens.device)] = chosen
+        token_ids: list[int] = tokens.tolist()
+        logprobs: dict[int, TokenLogprobs] = {}
+        if raw is not None:
+            counts = [sequences[row].sampling.logprobs or 0 for row in reported]
+            logprobs = dict(zip(reported, _report(raw, tokens[reported], counts), strict=True))
+        return [SampledToken(token, logprobs.get(row)) for row, token in enumerate(token_ids)]
+
+    def _adjust(self, row: torch.Tensor, sequence: ScheduledSequence) -> None:
+        """Apply to one row, in place, what depends on its own tokens."""
+        sampling, num_prompt = sequence.sampling, sequence.num_prompt_tokens
+        if sampling.logit_bias:
+            tokens, biases = zip(*sampling.logit_bias, strict=True)
+            row.index_add_(0, torch.tensor(tokens, device=row.device), row.new_tensor(biases))
+        if len(sequence.token_ids) - num_prompt < sampling.min_tokens:
+            ends = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_token_ids)]
+            row[torch.tensor(ends, dtype=torch.int64, device=row.device)] = -torch.inf
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.unique(torch.tensor(sequence.token_ids, device=row.device))
+            values = row[seen]
+            penalty = sampling.repetition_penalty
+            row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            output = torch.tensor(sequence.token_ids[num_prompt:], dtype=torch.int64, device=row.device)
+            seen, times = torch.unique(output, return_counts=True)
+            row[seen] -= sampling.presence_penalty + sampling.frequency_penalty * times
+
+    def _draw(self, logits: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> torch.Tensor:
+        """One random token a row."""
+        parameters = [sequence.sampling for sequence in sequences]
+        logits = logits / logits.new_tensor([p.temperature for p in parameters]).unsqueeze(1)
+        _cut(logits, parameters)
+        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+        numbers = cumulative.new_tensor([self._number(sequence) for sequence in sequences])
+        target = (numbers * cumulative[:, -1]).unsqueeze(1)
+        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+        assert int(tokens.max()) < logits.shape[1], "the logits are not finite"
+        return tokens
+
+    def _number(self, sequence: ScheduledSequence) -> float:
+        """In [0, 1), from the sequence's seed and how many tokens it has generated."""
+        seed = sequence.sampling.seed
+        position = len(sequence.token_ids) - sequence.num_prompt_tokens
+        if seed is None:
+            key = struct.pack("<cqqq", b"e", _signed(self._seed), sequence.sequence_id, position)
+        else:
+            key = struct.pack("<cqq", b"s", seed, position)
+        raw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        return (raw >> (64 - _RESOLUTION)) * 2.0**-_RESOLUTION
+
+
+def _signed(seed: int) -> int:
+    """An operator's seed of any size, as 64 bits."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _adjusts(sampling: SamplingParams) -> bool:
+    return bool(
+        sampling.logit_bias
+        or sampling.min_tokens
+        or sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+    )
+
+
+def _cut(logits: torch.Tensor, parameters: Sequence[SamplingParams]) -> None:
+    """Hide, in place, the tokens that min_p, top_k and top_p exclude, of the rows that ask for it."""
+    with_min_p = [row for row, p in enumerate(parameters) if p.min_p > 0]
+    if with_min_p:
+        rows = logits[with_min_p]
+        shares = logits.new_tensor([parameters[row].min_p for row in with_min_p]).unsqueeze(1)
+        logits[with_min_p] = rows.masked_fill(rows < rows.amax(-1, keepdim=True) + shares.log(), -torch.inf)
+    vocab_size = logits.shape[1]
+    cut = [row for row, p in enumerate(parameters) if 0 < p.top_k < vocab_size or p.top_p < 1]
+    if cut:
+        rows = logits[cut]
+        logits[cut] = rows.masked_fill(rows < _thresholds(rows, [parameters[row] for row in cut]), -torch.inf)
+
+
+def _thresholds(logits: torch.Tensor, parameters: Sequence[SamplingParams]) -> torch.Tensor:
+    """The least logit that top_k and then top_p let in, (rows, 1)."""
+    vocab_size = logits.shape[1]
+    top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in parameters]
+    limits = torch.tensor(top_k, device=logits.device).unsqueeze(1)
+    shares = logits.new_tensor([p.top_p for p in parameters], dtype=torch.float64).unsqueeze(1)
+    num_candidates = min(vocab_size, max(_NUM_CANDIDATES, *(k for k in top_k if k < vocab_size), 1))
+    while True:
+        candidates = logits.topk(num_candidates, -1).values
+        inside = torch.arange(num_candidates, device=logits.device) < limits
+        # The mass that top_p is a share of: all of the row, or the best top_k tokens of it.
+        offset = candidates[:, :1]
+        masses = (candidates - offset).exp().double() * inside
+        total = torch.where(
+            limits < vocab_size, masses.sum(-1, keepdim=True), (logits - offset).exp().double().sum(-1, keepdim=True)
+        )
+        before = masses.cumsum(-1) - masses
+        kept = inside & ((before < shares * total) | (shares == 1))
+        kept[:, 0] = True
+        is_found = ~kept[:, -1] | (limits.squeeze(1) <= num_candidates)
+        if num_candidates == vocab_size or bool(is_found.all()):
+            return candidates.gather(1, kept.sum(-1, keepdim=True) - 1)
+        num_candidates = vocab_size
+
+
+def _report(logprobs: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
+    """What is said of each sampled token; `logprobs` (rows, vocab) of the unchanged logits, `counts` alternatives."""
+    chosen = logprobs.gather(1, tokens.unsqueeze(1))
+    ranks = (logprobs > chosen).sum(-1).add_(1).tolist()
+    best = logprobs.topk(min(max(*counts, 1), logprobs.shape[1]), -1)
+    values, indices = best.values.tolist(), best.indices.tolist()
+    return [
+        TokenLogprobs(own, rank, tuple(zip(indices[row][:count], values[row][:count], strict=True)))
+        for row, (own, rank, count) in enumerate(zip(chosen.squeeze(1).tolist(), ranks, counts, strict=True))
+    ]
