@@ -31,9 +31,9 @@ from metrics.lifeline import Lifeline
 from metrics.store import StoreError
 
 try:
-    from uvloop import new_event_loop
+    import uvloop
 except ImportError:  # not on this platform
-    from asyncio import new_event_loop
+    uvloop = None  # type: ignore[assignment]
 
 log = logging.getLogger("frontend.server")
 
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     async def serve() -> int:
         return await Server(config, Lifeline(config.lifeline_fd)).run()
 
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=None if uvloop is None else uvloop.new_event_loop) as runner:
         return runner.run(serve())
 
 

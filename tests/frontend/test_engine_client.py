@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import zmq
-import zmq.asyncio
 
 from engine import wire
-from engine.wire import Abort, Finish, Goodbye, Hello, Output, Outputs, SamplingParams, Submit
+from engine.wire import Abort, Goodbye, Hello, SamplingParams
 from frontend.engine_client import Delta, EngineClients, Generation, Identity
 from frontend.errors import EngineLost, EngineUnavailable
 from frontend.group_commit import GroupCommit
@@ -22,39 +20,10 @@ from frontend.request_record import RequestRecord
 from metrics.deployment import API_SERVER, ENGINE, Deployment, ProcessEntry
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
+from tests.frontend.deployments import FakeEngine, finish, output, until
 
 LAYOUT = build_layout(API_SERVER, Shape(num_engines=1, num_api_servers=1, max_model_len=2048))
 SAMPLING = SamplingParams(max_tokens=8)
-
-
-class FakeEngine:
-    """One engine incarnation's ROUTER."""
-
-    def __init__(self, directory: str, incarnation: int) -> None:
-        self.incarnation = incarnation
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.bind(wire.work_endpoint(directory, 0, incarnation))
-        self._peer = b""
-
-    async def receive(self) -> Any:
-        async with asyncio.timeout(10):
-            self._peer, raw = await self._socket.recv_multipart()
-        return wire.decode_from_api_server(raw)
-
-    async def receive_submits(self, num: int) -> list[Submit]:
-        return [await self.receive() for _ in range(num)]
-
-    async def send(self, *outputs: Output, at: float = 0.0) -> None:
-        await self.send_raw(wire.encode(Outputs(self.incarnation, at, list(outputs))))
-
-    async def send_raw(self, raw: bytes) -> None:
-        await self._socket.send_multipart([self._peer, raw])
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
 
 
 class Bench:
@@ -131,31 +100,6 @@ async def bench(directory: str) -> AsyncIterator[Bench]:
     finally:
         bench.clients.close()
         bench.context.destroy(linger=0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  what it waits for says nothing
-            await asyncio.sleep(0.001)
-
-
-def finish(reason: str = "length", **changes: Any) -> Finish:
-    fields: dict[str, Any] = {
-        "reason": reason,
-        "stop_token_id": None,
-        "message": None,
-        "arrived_at": 1.0,
-        "scheduled_at": 1.5,
-        "first_token_at": 2.0,
-        "last_token_at": 4.0,
-        "num_cached_tokens": 1,
-        "num_preemptions": 0,
-    }
-    return Finish(**(fields | changes))
-
-
-def output(submit: Submit, first_index: int, tokens: list[int], end: Finish | None = None) -> Output:
-    return Output(submit.request_id, first_index, tokens, None, end)
 
 
 async def read(generation: Generation) -> list[Delta]:

@@ -1,0 +1,161 @@
+"""Who may export an engine's series, who is asked for them, and what an answer to a scrape adds up to.
+
+API servers in this process, each with sockets and an admin port of its own; the engine's beacon is turned by the test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from metrics.deployment import API_SERVER
+from tests.frontend.deployments import Deployed, Node, make_table, total, until
+
+GENERATED = "vllm:generation_tokens_total"
+
+
+async def exporter(deployed: Deployed, engine: int = 0) -> Node:
+    """The one node that may export the engine's series, once there is one."""
+    await until(lambda: any(node.is_exporter(engine) for node in deployed.nodes))
+    (only,) = [node for node in deployed.nodes if node.is_exporter(engine)]
+    return only
+
+
+async def test_one_api_server_becomes_the_exporter_and_every_one_gives_the_same_answer(deploy: Any):
+    deployed = await deploy(3)
+    beacon = deployed.beacons[0]
+    beacon.tally.inc(beacon.layout.cell(GENERATED), 42)
+    await exporter(deployed)
+    for node in deployed.nodes:
+        samples = await node.scrape()
+        assert total(samples, GENERATED, engine="0", model_name="tiny") == 42
+        assert total(samples, "wholebatch:exporter_up", engine="0") == 1
+        assert total(samples, "vllm:cache_config_info", num_gpu_blocks="64") == 1
+
+
+async def test_admin_ports_sum_to_the_public_port(deploy: Any):
+    deployed = await deploy(3, 2)
+    for engine, beacon in enumerate(deployed.beacons):
+        beacon.tally.inc(beacon.layout.cell(GENERATED), 10 + engine)
+    for index, node in enumerate(deployed.nodes):
+        for engine in range(2):
+            node.serving.record.engines[engine].received(index + 1)
+            node.serving.record.engines[engine].first_token(0.25)
+        node.serving.group.now()
+    await exporter(deployed, 0)
+    await exporter(deployed, 1)
+    whole = await deployed.nodes[2].scrape()
+    parts = [await node.scrape(of_admin=True) for node in deployed.nodes]
+    ends = ("_total", "_bucket", "_sum", "_count")
+    moving = ("wholebatch:stale", "process_", "python_")
+    for (name, labels), value in whole.items():
+        if name.endswith(ends) and not name.startswith(moving) and "process" not in dict(labels):
+            assert sum(part.get((name, labels), 0.0) for part in parts) == value, (name, labels)
+    assert total(whole, "wholebatch:received_tokens_total", engine="1") == 6
+
+
+async def test_process_series_are_labelled_on_the_public_port_and_not_on_an_admin_port(deploy: Any):
+    deployed = await deploy(2)
+    node = deployed.nodes[1]
+    await until(lambda: deployed.nodes[0].serving.scrape.own("")[0].count(b"process_open_fds 0.0") == 0)
+    name = "process_resident_memory_bytes"
+    whole = await node.scrape()
+    assert {dict(labels)["process"] for have, labels in whole if have == name} == {"api-server-0", "api-server-1"}
+    own = await node.scrape(of_admin=True)
+    assert [labels for have, labels in own if have == name] == [frozenset()]
+
+
+async def test_an_exporter_that_resigns_exports_no_more_and_another_does_without_a_gap(deploy: Any):
+    deployed = await deploy(2)
+    old = await exporter(deployed)
+    (other,) = [node for node in deployed.nodes if node is not old]
+    old.serving.exporter.resign()
+    assert not old.is_exporter()
+    assert total(await other.scrape(), GENERATED) == 0
+    assert other.is_exporter()
+    assert total(await old.scrape(), GENERATED) == 0
+    assert not old.is_exporter()
+
+
+async def test_a_silent_engine_is_absent_and_not_told_from_memory(deploy: Any):
+    deployed = await deploy(2, lease_s=0.3)
+    await exporter(deployed)
+    deployed.pause_beacons()
+    await until(lambda: not any(node.is_exporter() for node in deployed.nodes))
+    for node in deployed.nodes:
+        samples = await node.scrape()
+        assert total(samples, GENERATED) is None
+        assert total(samples, "wholebatch:exporter_up", engine="0") == 0
+        assert total(samples, "wholebatch:received_tokens_total") == 0
+
+
+async def test_the_snapshot_itself_is_given_by_its_exporter_only(deploy: Any):
+    deployed = await deploy(2)
+    holder = await exporter(deployed)
+    for node in deployed.nodes:
+        status, _ = await node.get("/internal/snapshot/0", of_admin=True)
+        assert status == (200 if node is holder else 404)
+        assert (await node.get("/internal/snapshot/0"))[0] == 404
+        assert (await node.get("/internal/snapshot/7", of_admin=True))[0] == 404
+
+
+async def test_who_asks_at_the_same_time_shares_one_question(deploy: Any):
+    deployed = await deploy(2)
+    holder = await exporter(deployed)
+    (other,) = [node for node in deployed.nodes if node is not holder]
+    asked = 0
+    held = holder.serving.exporter.held
+
+    def counted(engine: int) -> Any:
+        nonlocal asked
+        asked += 1
+        return held(engine)
+
+    holder.serving.exporter.held = counted  # type: ignore[method-assign]
+    found = await asyncio.gather(*(other.serving.exporter.series(0) for _ in range(20)))
+    assert all(one is not None for one in found)
+    assert asked == 1
+
+
+async def test_one_engines_series_stand_alone_under_their_own_path(deploy: Any):
+    deployed = await deploy(2, 2)
+    await exporter(deployed, 1)
+    samples = await deployed.nodes[0].scrape("/metrics/engine/1")
+    assert {dict(labels).get("engine") for _, labels in samples} == {"1"}
+    for wrong in ("2", "-1", "x", "00000000001", "%C2%B2"):
+        assert (await deployed.nodes[0].get(f"/metrics/engine/{wrong}"))[0] == 404
+
+
+async def test_openmetrics_is_written_for_who_asks_for_it_with_names_as_they_are(deploy: Any):
+    deployed = await deploy(1)
+    await exporter(deployed)
+    _, text = await deployed.nodes[0].get("/metrics", accept="application/openmetrics-text;version=1.0.0")
+    assert text.endswith("# EOF\n")
+    assert "\nvllm:generation_tokens_total{" in text
+    assert "\nvllm:generation_tokens_created{" in text
+
+
+async def test_gauges_of_an_ended_api_server_are_left_out_and_its_counters_stay(deploy: Any):
+    deployed = await deploy(2)
+    for node in deployed.nodes:
+        node.serving.record.engines[0].submitted()
+        node.serving.group.now()
+    watching = deployed.nodes[0]
+    assert await watching.get("/load") == (200, '{"server_load": 2}')
+    watching.state.view.table = make_table(2, (API_SERVER, 0, 1, "ready"), (API_SERVER, 1, 1, "ended"))
+    samples = await watching.scrape()
+    assert total(samples, "wholebatch:api_server_requests_in_flight") == 1
+    assert total(samples, "wholebatch:sequences_submitted_total") == 2
+    assert await watching.get("/load") == (200, '{"server_load": 1}')
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xc1", b"nonsense"])
+async def test_snapshots_that_do_not_parse_are_counted_and_change_nothing(deploy: Any, raw: bytes):
+    deployed = await deploy(1)
+    node = await exporter(deployed)
+    deployed.beacons[0].publish(raw)
+    cell = node.serving.record._layout.cell("wholebatch:wire_rejected_total", kind="snapshot")
+    await until(lambda: node.serving.record._tally.cells[cell] == 1)
+    assert total(await node.scrape(), GENERATED) == 0

@@ -1,0 +1,227 @@
+"""The routes around the OpenAI API: who may call, what is answered without an engine and with one, what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession
+
+from engine.wire import Abort, Hello
+from frontend.app import MAX_BODY_BYTES
+from frontend.errors import EngineUnavailable
+from frontend.serving import Serving
+from metrics.deployment import API_SERVER, ENGINE
+from tests.frontend.deployments import FakeEngine, Node, finish, make_table, output, total
+
+COMPLETION = {"prompt": [1, 2, 3], "max_tokens": 4}
+
+
+async def ask(node: Node, method: str, path: str, **arguments: Any) -> tuple[int, Any, dict[str, str]]:
+    """(status, JSON or text, headers)"""
+    async with ClientSession() as session, session.request(method, node.public.make_url(path), **arguments) as answer:
+        text = await answer.text()
+        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
+        return answer.status, json.loads(text) if is_json else text, dict(answer.headers)
+
+
+async def one(deploy: Any, **changes: Any) -> Node:
+    deployed = await deploy(1, **changes)
+    return deployed.nodes[0]
+
+
+def without_facts(node: Node) -> Serving:
+    """As it is before an engine has said what it serves."""
+    serving, node.state.serving = node.state.serving, None
+    assert serving is not None
+    return serving
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/metrics", "/metrics/engine/0", "/load", "/v1/models"])
+async def test_until_the_facts_are_known_the_answer_is_503_with_when_to_try_again(deploy: Any, path: str):
+    node = await one(deploy)
+    without_facts(node)
+    status, body, headers = await ask(node, "GET", path)
+    assert (status, set(body["error"])) == (503, {"message", "type", "param", "code"})
+    assert headers["Retry-After"] == "1"
+
+
+async def test_what_runs_and_which_version_is_told_from_the_start(deploy: Any):
+    node = await one(deploy)
+    without_facts(node)
+    assert (await ask(node, "GET", "/version"))[0] == 200
+    status, body, _ = await ask(node, "GET", "/deployment")
+    assert status == 200
+    rows = {(p["role"], p["index"]): p for p in body["processes"]}
+    assert rows[API_SERVER, 0]["admin_url"] == f"http://127.0.0.1:{node.admin.port}"
+    assert rows[ENGINE, 0]["state"] == "starting"
+    node.state.view.table = None
+    assert (await ask(node, "GET", "/deployment"))[0] == 503
+
+
+async def test_health_is_200_only_while_an_engine_is_ready(deploy: Any):
+    node = await one(deploy)
+    assert (await ask(node, "GET", "/health"))[0] == 503
+    node.serving.clients.on_deployment(make_table(2, (ENGINE, 0, 1, "ready")))
+    assert (await ask(node, "GET", "/health"))[0] == 200
+    assert (await ask(node, "POST", "/ping"))[0] == 200
+    node.serving.clients.on_deployment(make_table(3, (ENGINE, 0, 1, "ended")))
+    assert (await ask(node, "GET", "/health"))[0] == 503
+
+
+async def test_the_deployment_says_who_exports_which_engine_at_which_term(deploy: Any):
+    node = await one(deploy)
+    async with asyncio.timeout(10):
+        await node.serving.exporter.engines[0].changes(None)
+    _, body, _ = await ask(node, "GET", "/deployment")
+    grant = body["exporters"][0]["grant"]
+    assert (grant["api_server"], grant["incarnation"], grant["term"]) == (0, 1, [1, 1])
+
+
+async def test_with_api_keys_the_api_needs_one_of_them_and_the_rest_stays_open(deploy: Any):
+    node = await one(deploy, api_keys=["first", "zweiter-Schlüssel"])
+
+    async def status(path: str, authorization: str | None) -> int:
+        headers = {} if authorization is None else {"Authorization": authorization}
+        return (await ask(node, "GET", path, headers=headers))[0]
+
+    assert await status("/v1/models", "Bearer first") == 200
+    assert await status("/v1/models", "bearer zweiter-Schlüssel") == 200
+    for wrong in (None, "", "first", "Basic first", "Bearer", "Bearer ", "Bearer firs", "Bearer firstt"):
+        assert await status("/v1/models", wrong) == 401
+    assert await status("/v1/nothing", None) == 401
+    assert await status("/metrics", None) == 200
+    assert await status("/version", None) == 200
+    _, body, headers = await ask(node, "GET", "/v1/models")
+    assert (body["error"]["code"], headers["WWW-Authenticate"]) == ("invalid_api_key", "Bearer")
+
+
+async def test_a_body_that_is_too_long_is_refused_in_the_usual_shape(deploy: Any):
+    node = await one(deploy)
+    status, body, _ = await ask(node, "POST", "/v1/completions", data=b"a" * (MAX_BODY_BYTES + 1))
+    assert (status, set(body)) == (413, {"error"})
+
+
+async def test_http_answers_are_counted_by_template_and_status_routes_are_not(deploy: Any):
+    node = await one(deploy)
+    for method, path in [
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/unknown"),
+        ("POST", "/v1/completions"),
+        ("GET", "/v1/completions"),
+        ("GET", "/anything/at/all"),
+        ("GET", "/health"),
+        ("GET", "/metrics"),
+        ("GET", "/version"),
+    ]:
+        await ask(node, method, path, data=b"{" if method == "POST" else None)
+    samples = await node.scrape()
+    counted = {
+        (dict(labels)["method"], dict(labels)["handler"], dict(labels)["status"]): value
+        for (name, labels), value in samples.items()
+        if name == "http_requests_total" and value
+    }
+    assert counted == {
+        ("GET", "/v1/models", "2xx"): 1,
+        ("GET", "/v1/models", "4xx"): 1,
+        ("POST", "/v1/completions", "4xx"): 1,
+        ("GET", "other", "4xx"): 2,
+    }
+    assert total(samples, "http_request_duration_seconds_count") == 5
+
+
+async def test_a_request_without_an_engine_is_refused_and_counted_as_such(deploy: Any):
+    node = await one(deploy)
+    with pytest.raises(EngineUnavailable):
+        await node.serving.clients.submit([1], None, n=1, priority=0, arrived_at=0.0)  # type: ignore[arg-type]
+    status, body, headers = await ask(node, "POST", "/v1/completions", json=COMPLETION)
+    assert (status, body["error"]["code"], headers["Retry-After"]) == (503, "engine_unavailable", "1")
+    samples = await node.scrape()
+    assert total(samples, "http_requests_total", handler="/v1/completions", status="5xx") == 1
+    assert total(samples, "wholebatch:sequences_submitted_total") == 0
+
+
+async def test_a_commit_that_fails_costs_no_answer_and_is_counted(deploy: Any):
+    node = await one(deploy)
+
+    def full() -> None:
+        raise OSError("no space left on device")
+
+    commit, node.serving.group._commit = node.serving.group._commit, full
+    assert (await ask(node, "GET", "/v1/models"))[0] == 200
+    node.serving.group._commit = commit
+    node.serving.group.now()
+    samples = await node.scrape()
+    assert (total(samples, "wholebatch:bulkhead_errors_total", where="commit") or 0) >= 1
+    assert total(samples, "http_requests_total", handler="/v1/models", status="2xx") == 1
+
+
+# --- with an engine behind ---
+
+
+@asynccontextmanager
+async def engine_of(node: Node) -> AsyncIterator[FakeEngine]:
+    """An engine that the node has said Hello to."""
+    engine = FakeEngine(node.state.config.directory, 1)
+    try:
+        node.serving.clients.on_deployment(make_table(2, (ENGINE, 0, 1, "ready")))
+        assert isinstance(await engine.receive(), Hello)
+        yield engine
+    finally:
+        engine.close()
+
+
+async def test_an_answer_goes_the_whole_way_and_every_token_of_it_is_counted_before_it_is_seen(deploy: Any):
+    node = await one(deploy)
+    async with engine_of(node) as engine:
+        asking = asyncio.create_task(ask(node, "POST", "/v1/completions", json=COMPLETION))
+        (submit,) = await engine.receive_submits(1)
+        await engine.send(output(submit, 0, [ord("h")]))
+        await engine.send(output(submit, 1, [ord("i")], finish()))
+        status, body, _ = await asking
+        samples = await node.scrape()
+    assert (status, body["choices"][0]["text"], body["usage"]["completion_tokens"]) == (200, "hi", 2)
+    assert total(samples, "wholebatch:delivered_tokens_total") == 2
+    assert total(samples, "vllm:request_success_total", finished_reason="length") == 1
+    assert total(samples, "vllm:e2e_request_latency_seconds_count") == 1
+    assert total(samples, "http_requests_total", status="2xx") == 1
+
+
+async def test_a_client_that_goes_aborts_its_request_within_a_tenth_of_a_second(deploy: Any):
+    node = await one(deploy)
+    async with engine_of(node) as engine, ClientSession() as session:
+        body = COMPLETION | {"stream": True, "max_tokens": 100}
+        asking = asyncio.create_task(session.post(node.public.make_url("/v1/completions"), json=body))
+        (submit,) = await engine.receive_submits(1)
+        await engine.send(output(submit, 0, [ord("h")]))
+        answer = await asking
+        await answer.content.readany()
+        gone_at = time.monotonic()
+        answer.close()
+        assert await engine.receive() == Abort([submit.request_id])
+        assert time.monotonic() - gone_at < 0.1
+        samples = await node.scrape()
+    assert total(samples, "vllm:request_success_total", finished_reason="abort") == 1
+    assert total(samples, "wholebatch:sequences_ended_total", finished_reason="abort") == 1
+    assert total(samples, "wholebatch:api_server_requests_in_flight") == 0
+    assert total(samples, "wholebatch:delivered_tokens_total") == 1
+
+
+async def test_an_engine_that_ends_midway_is_an_honest_503(deploy: Any):
+    node = await one(deploy)
+    async with engine_of(node) as engine:
+        asking = asyncio.create_task(ask(node, "POST", "/v1/completions", json=COMPLETION))
+        (submit,) = await engine.receive_submits(1)
+        await engine.send(output(submit, 0, [ord("h")]))
+    node.serving.clients.on_deployment(make_table(3, (ENGINE, 0, 1, "ended")))
+    status, body, _ = await asking
+    samples = await node.scrape()
+    assert (status, body["error"]["code"]) == (503, "engine_lost")
+    assert total(samples, "vllm:request_success_total", finished_reason="error") == 1
+    received = total(samples, "wholebatch:received_tokens_total")
+    assert received == total(samples, "wholebatch:undelivered_tokens_total", reason="error")
