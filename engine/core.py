@@ -187,6 +187,7 @@ class EngineCore:
             "num_requests": counts.num_requests,
             "num_prefill_tokens": counts.num_prefill_tokens,
             "num_decode_tokens": counts.num_decode_tokens,
+            "num_iteration_tokens": counts.num_iteration_tokens,
             "num_generated_tokens": counts.num_generated_tokens,
             "num_recomputed_tokens": counts.num_recomputed_tokens,
             "num_preemptions": counts.num_preemptions,

@@ -99,9 +99,9 @@ class Scheduler:
                 f"the prompt has {len(prompt)} tokens; without chunked prefill an iteration takes"
                 f" at most {config.max_num_batched_tokens}"
             )
-        biased = (token for token, _ in sampling.logit_bias)
+        biased = [token for token, _ in sampling.logit_bias]
         for what, tokens in (("prompt", prompt), ("stop_token_ids", sampling.stop_token_ids), ("logit_bias", biased)):
-            for token in tokens:
+            for token in (min(tokens, default=0), max(tokens, default=0)):
                 if not 0 <= token < self._vocab_size:
                     return f"{what} holds token {token}; the vocabulary has {self._vocab_size}"
         return None

@@ -105,6 +105,7 @@ def test_a_request_that_is_never_preempted_costs_its_prompt_and_its_output(setup
     assert engine.histogram("vllm:iteration_tokens_total")[1] == prompts - cached + generated
     assert engine.histogram("wholebatch:iteration_scheduled_tokens")[1] == prompts - cached + generated - len(work)
     assert engine.value("wholebatch:recomputed_tokens_total") == 0
+    assert engine.value("vllm:prefix_cache_hits_total") == cached
 
 
 @given(setup=setups | tight_setups, work=jobs(), split=st.lists(st.integers(0, NUM_API_SERVERS - 1), min_size=8))
@@ -132,6 +133,9 @@ def test_a_preempted_request_gives_the_same_tokens(setup, work):
             assert len(tokens) == min(job.max_tokens, MAX_MODEL_LEN - len(job.prompt))
         else:
             assert finish.reason == "stop"
+    cached = sum(finish.num_cached_tokens for finish in engine.finishes.values())
+    assert engine.value("vllm:prefix_cache_hits_total") == cached, "counted at the first admission, never on resume"
+    assert engine.value("vllm:prompt_tokens_cached_total") == cached
 
 
 def crowd(num_blocks: int) -> tuple[Setup, list[Job]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine.batch import SampledToken, TokenLogprobs
 from engine.config import SchedulerConfig
 from engine.wire import Output, Outputs, SamplingParams, Submit, decode_from_engine, encode
 from tests.engine.workload import MAX_MODEL_LEN, VOCAB_SIZE, Engine, Job, Setup
@@ -153,6 +154,14 @@ def test_stages_and_duration_come_from_the_clock(engine):
     assert engine.histogram("wholebatch:iteration_duration_seconds", phase="prefill") == (1, pytest.approx(0.75))
     assert engine.value("wholebatch:iteration_stage_seconds_total", stage="run") == pytest.approx(0.5)
     assert engine.value("wholebatch:iteration_stage_seconds_total", stage="schedule") == pytest.approx(0.25)
+
+
+def test_log_probabilities_travel_with_their_token(engine):
+    run = engine.runner.run
+    found = TokenLogprobs(-0.5, 1, ((3, -0.5),))
+    engine.runner.run = lambda batch: [SampledToken(token.token_id, found) for token in run(batch)]
+    engine.core.submit((0, 1), SUBMIT, 1.0)
+    assert only(engine.step(), (0, 1)).logprobs == [found]
 
 
 def test_a_live_record_is_made_of_every_iteration_while_somebody_asks():
