@@ -33,9 +33,12 @@ def byte_level_tokenizer(**more: Any) -> Tokenizer:
     return Tokenizer(gguf_tokenizer(byte_level_metadata(**more)))
 
 
-def sentencepiece_metadata(**more: Any) -> dict[str, Any]:
+LETTERS = {"▁": -9.0, "a": -9.0, "b": -9.0, "c": -9.0}
+WORDS = LETTERS | {"ab": -2.0, "bc": -1.0, "abc": -3.0, "▁a": -4.0, "▁abc": -5.0}
+
+
+def sentencepiece_metadata(words: dict[str, float] = WORDS, **more: Any) -> dict[str, Any]:
     """Tokens 3 to 258 are the bytes; then letters and words whose scores say the order of merging."""
-    words = {"▁": -9.0, "a": -9.0, "b": -9.0, "c": -9.0, "ab": -2.0, "bc": -1.0, "abc": -3.0, "▁a": -4.0, "▁abc": -5.0}
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *words]
     keys = {
         "model": "llama",

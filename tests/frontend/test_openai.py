@@ -270,6 +270,7 @@ async def test_a_stop_string_ends_the_answer_and_the_engines_work(batch: int):
     answer = await post(clients, COMPLETIONS, prompt="x", stop=["END"])
     assert answer["choices"][0] == {"index": 0, "text": "one ", "logprobs": None, "finish_reason": "stop"}
     assert answer["usage"]["completion_tokens"] == 7  # up to the token that completes END
+    assert "prompt_tokens_details" not in answer["usage"]  # the engine had no last word
     generation = clients.asks[0].generation
     assert "stop 0" in generation.log
     assert generation.counts["delivered"] == 7

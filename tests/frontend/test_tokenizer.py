@@ -20,6 +20,7 @@ from frontend.tokenizer import Tokenizer, load_tokenizer
 from tests.frontend.small_tokenizers import (
     ALPHABET,
     END,
+    LETTERS,
     START,
     TEMPLATE,
     byte_level_metadata,
@@ -180,11 +181,18 @@ def test_an_id_beyond_the_vocabulary_has_no_text():
 # --- SentencePiece ---
 
 
-def test_sentencepiece_merges_the_best_score_first():
-    tokenizer = sentencepiece_tokenizer()
-    names = [tokenizer._tokenizer.id_to_token(i) for i in tokenizer.encode("abcab", add_special_tokens=False)]
-    # bc (-1) before ab (-2); then ab at the end; then a+bc = abc (-3), and the space joins last.
-    assert names == ["▁abc", "ab"]
+@pytest.mark.parametrize(
+    ("words", "text", "tokens"),
+    [
+        ({"ab": -2.0, "bc": -1.0}, "abc", "▁ a bc"),
+        ({"ab": -1.0, "bc": -2.0}, "abc", "▁ ab c"),
+        ({"ab": -2.0, "bc": -1.0, "abc": -3.0, "▁abc": -5.0}, "abcab", "▁abc ab"),
+    ],
+)
+def test_sentencepiece_merges_the_best_score_first(words: dict[str, float], text: str, tokens: str):
+    tokenizer = sentencepiece_tokenizer(words=LETTERS | words)
+    names = [tokenizer._tokenizer.id_to_token(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+    assert names == tokens.split()
 
 
 def test_sentencepiece_writes_what_it_does_not_know_as_bytes():
