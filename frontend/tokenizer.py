@@ -70,7 +70,9 @@ class Tokenizer:
         self._to_bytes, self._drops_leading_space = _decoding(parts.tokenizer.decoder)
         added = parts.tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(index for index, token in added.items() if token.special)
-        self._bytes: dict[int, bytes] = {index: token.content.encode() for index, token in added.items()}
+        # An added token is written as plain text in a byte-level vocabulary, not in its alphabet.
+        plain = added if self._to_bytes is _byte_level_bytes else {}
+        self._bytes: dict[int, bytes] = {index: token.content.encode() for index, token in plain.items()}
         self.vocab_size: int = parts.tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_token_bytes = max(len(token.encode()) for token in parts.tokenizer.get_vocab())
         self.chat_template: ChatTemplate | None = None

@@ -217,6 +217,19 @@ def test_any_text_survives_sentencepiece(text: str):
     assert tokenizer.decode(token_ids) == tokenizer._tokenizer.decode(token_ids)
 
 
+def test_an_added_token_of_sentencepiece_writes_its_spaces_like_the_others():
+    parts = gguf_tokenizer(sentencepiece_metadata())
+    parts.tokenizer.add_tokens(["▁▁q"])
+    token_ids = parts.tokenizer.encode("a▁▁q").ids
+    assert Tokenizer(parts).decode(token_ids) == parts.tokenizer.decode(token_ids) == "a  q"
+
+
+def test_an_added_token_of_a_byte_level_vocabulary_is_plain_text():
+    parts = gguf_tokenizer(byte_level_metadata())
+    parts.tokenizer.add_tokens(["[Ġé]"])
+    assert Tokenizer(parts).decode(parts.tokenizer.encode("[Ġé]").ids) == "[Ġé]"
+
+
 def test_sentencepiece_without_scores_is_named():
     with pytest.raises(TokenizerError, match="scores"):
         gguf_tokenizer(sentencepiece_metadata(scores=[0.5]))
