@@ -248,6 +248,19 @@ async def test_an_engine_that_ends_fails_its_requests_once_what_it_sent_is_deliv
         await bench.submit()
 
 
+async def test_what_an_ended_engine_had_sent_and_nobody_has_read_yet_is_delivered(bench: Bench):
+    async with bench.engine() as engine:
+        generation = await bench.submit()
+        (submit,) = await engine.receive_submits(1)
+        await engine.send(output(submit, 0, [1, 2], finish()))
+        connection = bench.clients._connections[0]
+        assert connection is not None
+        assert connection._reader._socket.poll(10_000)  # it is here, and the event loop has had no turn to read it
+        bench.table(1, "ended")
+        assert [d.token_ids for d in await read(generation)] == [[1, 2]]
+        generation.close()
+
+
 async def test_a_restarted_engine_is_told_how_many_tokens_were_ever_received(bench: Bench):
     async with bench.engine() as engine:
         generation = await bench.submit()

@@ -6,10 +6,12 @@ API servers in this process, each with sockets and an admin port of its own; the
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from frontend.exporter import Exportable, boottime
 from metrics.deployment import API_SERVER
 from tests.frontend.deployments import Deployed, Node, make_table, total, until
 
@@ -89,6 +91,37 @@ async def test_a_silent_engine_is_absent_and_not_told_from_memory(deploy: Any):
         assert total(samples, GENERATED) is None
         assert total(samples, "wholebatch:exporter_up", engine="0") == 0
         assert total(samples, "wholebatch:received_tokens_total") == 0
+
+
+async def test_a_lease_that_runs_out_while_the_answer_is_written_takes_its_series_out_of_it(deploy: Any):
+    deployed = await deploy(1)
+    node = await exporter(deployed)
+    scrape = node.serving.scrape
+    num_looks = 0
+
+    def clock() -> float:
+        nonlocal num_looks
+        num_looks += 1
+        return boottime() if num_looks == 1 else boottime() + 3600
+
+    scrape._clock = clock
+    samples = await node.scrape()
+    assert total(samples, GENERATED) is None
+    assert total(samples, "wholebatch:exporter_up", engine="0") == 0
+
+
+async def test_an_answer_at_an_older_term_than_what_is_known_is_refused(deploy: Any):
+    deployed = await deploy(2)
+    holder = await exporter(deployed)
+    (other,) = [node for node in deployed.nodes if node is not holder]
+    await until(lambda: other.serving.exporter.engines[0].grant is not None)
+    held = holder.serving.exporter.held(0)
+    assert held is not None
+    assert held.snapshot.grant is not None
+    old_grant = replace(held.snapshot.grant, term=(0, 9))
+    old = Exportable(snapshot=replace(held.snapshot, grant=old_grant), expires_at=held.expires_at + 3600)
+    holder.serving.exporter.held = lambda engine: old  # type: ignore[method-assign]
+    assert await other.serving.exporter.series(0) is None
 
 
 async def test_the_snapshot_itself_is_given_by_its_exporter_only(deploy: Any):
