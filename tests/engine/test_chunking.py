@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from engine.config import SchedulerConfig
-from tests.engine.workload import Job, Setup, jobs, run, schedulers, setups
+from tests.engine.workload import Job, Setup, costly, jobs, run, schedulers, setups
 
 
 @given(setup=setups, config=schedulers, work=jobs())
-@settings(max_examples=200)
+@costly
 def test_any_budget_and_threshold_gives_the_same_tokens_and_the_same_sums(setup, config, work):
     """Without the prefix cache and with blocks for all: nothing but the chunks differs."""
     roomy = replace(setup, num_blocks=48 * 8, enable_prefix_caching=False)
@@ -26,7 +26,7 @@ def test_any_budget_and_threshold_gives_the_same_tokens_and_the_same_sums(setup,
 
 
 @given(setup=setups, work=jobs())
-@settings(max_examples=200)
+@costly
 def test_the_cache_on_off_or_warm_gives_the_same_tokens(setup, work):
     cold = run(replace(setup, enable_prefix_caching=False), work)
     warm = run(replace(setup, enable_prefix_caching=True), work)

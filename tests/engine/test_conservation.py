@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import SchedulerConfig
@@ -17,6 +17,7 @@ from tests.engine.workload import (
     Engine,
     Job,
     Setup,
+    costly,
     jobs,
     run,
     setups,
@@ -70,7 +71,7 @@ def check_laws(engine: Engine) -> None:
 
 
 @given(setup=setups | tight_setups, work=jobs(can_abort=True), dropped=st.none() | st.integers(0, 15))
-@settings(max_examples=300)
+@costly
 def test_the_books_balance_in_every_iteration_whatever_happens(setup, work, dropped):
     engine = Engine(setup)
     for now in range(400):
@@ -94,7 +95,7 @@ def test_the_books_balance_in_every_iteration_whatever_happens(setup, work, drop
 
 
 @given(setup=setups | tight_setups, work=jobs())
-@settings(max_examples=300)
+@costly
 def test_a_request_that_is_never_preempted_costs_its_prompt_and_its_output(setup, work):
     engine = run(with_scheduler(setup, max_num_seqs=1), work)
     for finish in engine.finishes.values():
@@ -109,7 +110,7 @@ def test_a_request_that_is_never_preempted_costs_its_prompt_and_its_output(setup
 
 
 @given(setup=setups | tight_setups, work=jobs(), split=st.lists(st.integers(0, NUM_API_SERVERS - 1), min_size=8))
-@settings(max_examples=200)
+@costly
 def test_any_split_over_api_servers_gives_the_figures_of_one(setup, work, split):
     """The partition property: who asked for a request is invisible in everything but tokens_sent."""
     one = [Job(**{**vars(job), "api_server": 0}) for job in work]
@@ -122,7 +123,7 @@ def test_any_split_over_api_servers_gives_the_figures_of_one(setup, work, split)
 
 
 @given(setup=tight_setups, work=jobs())
-@settings(max_examples=300)
+@costly
 def test_a_preempted_request_gives_the_same_tokens(setup, work):
     engine = run(setup, work)
     for request_id, job in enumerate(work):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.batch import SampledToken
@@ -12,7 +12,7 @@ from engine.config import SchedulerConfig
 from engine.request import RequestState
 from engine.scheduler import Scheduler
 from engine.wire import SamplingParams, Submit
-from tests.engine.workload import EOS, MAX_MODEL_LEN, VOCAB_SIZE, Job, Setup, jobs, run, tight_setups
+from tests.engine.workload import EOS, MAX_MODEL_LEN, VOCAB_SIZE, Job, Setup, costly, jobs, run, tight_setups
 
 TOKEN = 9  # neither EOS nor a stop token
 
@@ -161,7 +161,7 @@ def test_half_done_work_of_a_preempted_prefill_is_counted_as_recomputed():
 
 
 @given(setup=tight_setups, work=jobs())
-@settings(max_examples=300)
+@costly
 def test_everything_ends_even_when_one_request_could_fill_the_whole_cache(setup, work):
     engine = run(setup, work)  # raises when it does not end
     assert len(engine.finishes) == len(work)
@@ -169,7 +169,7 @@ def test_everything_ends_even_when_one_request_could_fill_the_whole_cache(setup,
 
 
 @given(work=jobs(), num_blocks=st.integers(1, 12), chunked=st.booleans(), budget=st.integers(1, 30))
-@settings(max_examples=300)
+@costly
 def test_what_the_cache_cannot_hold_ends_by_error_and_holds_up_nobody(work, num_blocks, chunked, budget):
     config = SchedulerConfig(max_num_batched_tokens=budget, enable_chunked_prefill=chunked, max_num_seqs=4)
     engine = run(Setup(num_blocks=num_blocks, scheduler=config), work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from engine.batch import Batch
@@ -18,6 +19,8 @@ from metrics.deployment import ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
 from tests.fakes import FakeClock, FakeRunner
+
+costly = settings(max_examples=max(100, settings.default.max_examples * 3 // 10))  # one example runs whole engines
 
 VOCAB_SIZE = 40
 EOS = 7
