@@ -111,11 +111,13 @@ class ApiServer(Process):
         return self.is_alive and self.holder.may_export(self.clock())
 
 
-rates = st.sampled_from([0.98, 1.0, 1.02]) | st.floats(0.98, 1.02)
+rates = st.sampled_from([0.98, 1.02])  # the worst that two clocks may do to each other
 offsets = st.sampled_from([0.0, 1e6, -900.0])
 indexes = st.integers(0, NUM_API_SERVERS - 1)
-picks = st.integers(-1, 3)  # the newest, the oldest, a few more
-delays = st.sampled_from([0.001, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.58, 0.6, 0.62, 0.64, 1.5])
+index_sets = st.sets(indexes).map(sorted)
+picks = st.integers(-1, 2)  # the newest, the oldest, two more
+delays = st.sampled_from([0.001, 0.1, 0.3, 0.45, 0.58, 0.6, 1.5])
+transits = st.sampled_from([0.01, 0.05, 0.1])
 
 
 class Election(RuleBasedStateMachine):
@@ -176,36 +178,48 @@ class Election(RuleBasedStateMachine):
     def deliver_to_api_server(self, index: int, pick: int, again: bool) -> None:
         server = self.api_servers[index]
         if server.is_running and server.inbox:
+            held = server.holder.snapshot
             server.holder.on_snapshot(server.inbox.deliver(pick, again=again), server.clock())
-
-    @precondition(lambda self: self.engine.inbox)
-    @rule(pick=picks)
-    def lose_to_engine(self, pick: int) -> None:
-        self.engine.inbox.lose(pick)
+            assert server.holder.snapshot is not None
+            assert held is None or server.holder.snapshot.position >= held.position, "a position fell"
 
     @rule(index=indexes)
-    def lose_all_to_api_server(self, index: int) -> None:
-        inbox = self.api_servers[index].inbox
-        while inbox:
-            inbox.lose()
+    def lose_all(self, index: int) -> None:
+        for inbox in (self.engine.inbox, self.api_servers[index].inbox):
+            while inbox:
+                inbox.lose()
 
-    @rule(who=st.sets(indexes, min_size=1), transit=st.sampled_from([0.001, 0.02, 0.2]))
-    def exchange(self, who: set[int], transit: float) -> None:
-        """One good round with some of them: a snapshot heard, a heartbeat heard. Random single steps seldom line up
-        into one, and without rounds nobody is ever granted anything."""
-        if not self.engine.is_running:
-            return
-        self.publish()
-        self.time.advance(transit)
-        for index in sorted(who):
-            self.deliver_to_api_server(index, -1, False)
-            self.beat(index)
+    @rule()
+    def exchange_with_all(self) -> None:
+        """Everybody is well, and so is the network: somebody is granted."""
+        self.recover()
+        everybody = list(range(NUM_API_SERVERS))
+        self.exchange(everybody, everybody, 0.01, 3)
+
+    @rule(hearing=index_sets, speaking=index_sets, transit=transits, num_rounds=st.integers(1, 8))
+    def exchange(self, hearing: list[int], speaking: list[int], transit: float, num_rounds: int) -> None:
+        """Good rounds with some of them, under any partition: some hear the engine, some are heard by it. Random
+        single steps seldom line up into rounds, and without rounds nobody is ever granted anything."""
+        for _ in range(num_rounds):
+            if self.engine.is_running:
+                self.publish()
             self.time.advance(transit)
-            if self.api_servers[index].is_running:
-                self.deliver_to_engine(-1, False)
-                self.nobody_else_exports()
+            for index in hearing:
+                self.deliver_to_api_server(index, -1, False)
+            self.must_hold()
+            for index in speaking:
+                self.beat(index)
+                if self.engine.is_running and self.api_servers[index].is_running:
+                    self.deliver_to_engine(-1, False)
 
     # --- life and death ---
+
+    @rule()
+    def recover(self) -> None:
+        for process in (self.engine, *self.api_servers):
+            process.is_paused = False
+            if not process.is_alive:
+                process.start()
 
     @rule(index=indexes)
     def pause_or_resume_api_server(self, index: int) -> None:
@@ -215,20 +229,19 @@ class Election(RuleBasedStateMachine):
     def pause_or_resume_engine(self) -> None:
         self.engine.is_paused ^= True
 
-    @rule(index=indexes)
-    def crash_or_restart_api_server(self, index: int) -> None:
+    @rule(index=indexes, is_replaced=st.booleans())
+    def end_api_server(self, index: int, is_replaced: bool) -> None:
         server = self.api_servers[index]
         if server.is_alive:
             server.crash()
             self.unreported.append((index, server.incarnation))
-        else:
+        if is_replaced:
             server.start()
 
-    @rule()
-    def crash_or_restart_engine(self) -> None:
-        if self.engine.is_alive:
-            self.engine.crash()
-        else:
+    @rule(is_replaced=st.booleans())
+    def end_engine(self, is_replaced: bool) -> None:
+        self.engine.crash()
+        if is_replaced:
             self.engine.start()
 
     @precondition(lambda self: self.unreported and self.engine.is_running)
@@ -240,31 +253,19 @@ class Election(RuleBasedStateMachine):
     # --- what must hold ---
 
     @invariant()
-    def nobody_else_exports(self) -> None:
-        exporters = [server.index for server in self.api_servers if server.is_exporting]
-        assert len(exporters) <= 1, f"two export at once: {exporters}"
-
-    @invariant()
-    def nobody_exports_at_a_term_that_it_resigned(self) -> None:
-        for server in self.api_servers:
-            if server.is_exporting:
-                assert server.holder.term is not None
-                assert server.holder.term > server.resigned
-
-    @invariant()
-    def a_right_ends_before_the_next_grant_is_even_published(self) -> None:
-        for server in self.api_servers:
-            if server.is_exporting:
-                assert server.holder.term == self.newest_term
+    def must_hold(self) -> None:
+        exporters = [server for server in self.api_servers if server.is_exporting]
+        assert len(exporters) <= 1, f"two export at once: {[server.index for server in exporters]}"
+        for server in exporters:
+            assert server.holder.term is not None, "exports without a grant"
+            assert server.holder.term > server.resigned, "exports at a term that it resigned"
+            assert server.holder.term == self.newest_term, "exports although the next grant has been published"
 
     def teardown(self) -> None:
         """Liveness: whatever has happened, with everybody well from now on somebody exports soon, and goes on to."""
         if not hasattr(self, "engine"):
             return
-        for process in (self.engine, *self.api_servers):
-            process.is_paused = False
-            if not process.is_alive:
-                process.start()
+        self.recover()
         well_at = self.time()
         while self.time() < well_at + LIVENESS_BOUND_S + 1.0:
             self.fair_tick()
@@ -280,11 +281,11 @@ class Election(RuleBasedStateMachine):
             self.beat(server.index)
         while self.engine.inbox:
             self.deliver_to_engine(0, False)
-        self.nobody_else_exports()
+        self.must_hold()
         self.time.advance(0.05)
 
 
-Election.TestCase.settings = settings(stateful_step_count=60)
+Election.TestCase.settings = settings(stateful_step_count=40)
 TestElection = Election.TestCase
 
 
@@ -306,7 +307,7 @@ def run_machine_with(holder_class: type[Holder]) -> None:
         machine,
         settings=settings(
             max_examples=5_000,
-            stateful_step_count=60,
+            stateful_step_count=40,
             derandomize=True,
             database=None,
             phases=[Phase.generate],
@@ -317,5 +318,5 @@ def run_machine_with(holder_class: type[Holder]) -> None:
 
 
 def test_the_machine_catches_a_lease_counted_from_receipt() -> None:
-    with pytest.raises(AssertionError, match="two export at once"):
+    with pytest.raises(AssertionError, match=r"two export at once|although the next grant"):
         run_machine_with(HolderThatCountsFromReceipt)
