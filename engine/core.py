@@ -51,14 +51,14 @@ class EngineCore:
         incarnation: int = 1,
         iteration_log: Callable[[Batch], None] | None = None,
         on_iteration: Callable[[dict[str, Any]], None] | None = None,
-        on_fault: Callable[[str, Exception], None] | None = None,
+        on_fault: Callable[[Exception], None] | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._recorder = recorder
         self._clock = clock
         self._incarnation = incarnation
-        self._on_fault = _raise if on_fault is None else on_fault  # told of a fault of the record, and where
+        self._on_fault = on_fault  # told of a fault of the record, after it was caught and counted
         self._next_sequence_id = 0
         self._by_request: dict[ApiServer, dict[int, RequestState]] = {}  # unfinished, by the sender's own id
         self._pending: dict[ApiServer, list[Output]] = {}  # refusals, for the next step
@@ -140,11 +140,13 @@ class EngineCore:
         self._set_gauges()
         try:
             self._recorder.iteration(batch.counts, at - started)
-            self._recorder.stage("schedule", scheduled_at - started)
-            self._recorder.stage("run", at - scheduled_at)
-            self._recorder.stage("record", self._clock() - at)
+            self._recorder.stages(
+                schedule_s=scheduled_at - started, run_s=at - scheduled_at, record_s=self._clock() - at
+            )
         except Exception as fault:  # noqa: BLE001 - P8: the bulkhead around the record
-            self._on_fault("record", fault)
+            self._recorder.faulted()
+            if self._on_fault is not None:
+                self._on_fault(fault)
         if self.on_iteration is not None:
             self.on_iteration(self._describe(batch.counts, at - started))
         return at
@@ -195,10 +197,6 @@ class EngineCore:
             "num_waiting": self._scheduler.num_waiting_capacity + self._scheduler.num_waiting_deferred,
             "kv_usage": self._scheduler.kv_usage,
         }
-
-
-def _raise(where: str, fault: Exception) -> None:
-    raise fault
 
 
 def _finish(request: RequestState) -> Finish:

@@ -55,6 +55,7 @@ class Recorder:
         "_by_source",
         "_counters",
         "_durations",
+        "_faults",
         "_finished",
         "_gauges",
         "_histograms",
@@ -79,7 +80,8 @@ class Recorder:
         )
         self._iterations = {p: cell("wholebatch:iterations_total", phase=p) for p in PHASES}
         self._durations = {p: histogram("wholebatch:iteration_duration_seconds", phase=p) for p in PHASES}
-        self._stages = {s: cell("wholebatch:iteration_stage_seconds_total", stage=s) for s in STAGES}
+        self._stages = [cell("wholebatch:iteration_stage_seconds_total", stage=s) for s in STAGES]
+        self._faults = cell("wholebatch:bulkhead_errors_total", where="record")
         self._accepted = cell("wholebatch:sequences_accepted_total")
         self._finished = {
             reason: cell("wholebatch:sequences_finished_total", finished_reason=reason) for reason in FINISHED_REASONS
@@ -119,9 +121,23 @@ class Recorder:
         tally.inc(self._iterations[phase])
         tally.observe(self._durations[phase], duration_s)
 
-    def stage(self, stage: str, seconds: float) -> None:
-        """Time that the loop spent in one of STAGES."""
-        self._tally.inc(self._stages[stage], seconds)
+    def stages(
+        self,
+        *,
+        receive_s: float = 0.0,
+        schedule_s: float = 0.0,
+        run_s: float = 0.0,
+        record_s: float = 0.0,
+        send_s: float = 0.0,
+    ) -> None:
+        """Where the loop's time went; each stage is booked by whoever knows it, when it is known."""
+        for cell, seconds in zip(self._stages, (receive_s, schedule_s, run_s, record_s, send_s), strict=True):
+            if seconds:
+                self._tally.inc(cell, seconds)
+
+    def faulted(self) -> None:
+        """A fault of this record was caught."""
+        self._tally.inc(self._faults)
 
     def gauges(self, running: int, waiting_capacity: int, waiting_deferred: int, kv_usage: float) -> None:
         values = (running, waiting_capacity + waiting_deferred, waiting_capacity, waiting_deferred, kv_usage)

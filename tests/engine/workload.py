@@ -120,7 +120,15 @@ class Engine:
         self.recorder = Recorder(self.tally, LAYOUT, NUM_API_SERVERS)
         self.runner = FakeRunner(setup.num_blocks, setup.block_size, VOCAB_SIZE)
         self.seen: list[tuple[int, ...]] = []  # the log's own count of each batch: tokens of each of its parts
-        self.core = EngineCore(self.scheduler, self.runner, self.recorder, self.clock, iteration_log=self._log)
+        self.faults: list[Exception] = []
+        self.core = EngineCore(
+            self.scheduler,
+            self.runner,
+            self.recorder,
+            self.clock,
+            iteration_log=self._log,
+            on_fault=self.faults.append,
+        )
         self.tokens: dict[tuple[ApiServer, int], list[int]] = {}
         self.finishes: dict[tuple[ApiServer, int], Finish] = {}
 
@@ -158,6 +166,7 @@ class Engine:
                 if job.aborted == now:
                     self.core.abort((job.api_server, 1), [request_id])
             self.step()
+            assert not self.faults, self.faults
             if not self.core.has_work and now >= max(job.arrives for _, job in pending):
                 return
         raise AssertionError(f"no end after {limit} iterations")
