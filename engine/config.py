@@ -53,6 +53,7 @@ class StatsConfig:
     lease_s: float = 0.6
     bucket_overrides: tuple[tuple[str, tuple[float, ...]], ...] = ()  # (family, bounds)
     log_iteration_details: bool = False
+    stall_timeout_s: float = 60.0  # a busy loop without progress for so long is stuck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,29 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     stats: StatsConfig = field(default_factory=StatsConfig)
     facts: Facts | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentConfig:
+    """All that the operator chose: what the supervisor starts, and how."""
+
+    num_engines: int
+    num_api_servers: int
+    host: str
+    port: int
+    admin_host: str
+    admin_port: int  # of API server 0; 0: free ports
+    served_model_names: tuple[str, ...]
+    api_keys: tuple[str, ...] = field(repr=False)
+    runtime_directory: str
+    drain_timeout_s: float
+    freeze_timeout_s: float
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    stats: StatsConfig
+    engine_module: str = "engine.loop"
+    api_server_module: str = "frontend.server"
 
 
 def to_json(config: EngineConfig) -> str:

@@ -1,0 +1,50 @@
+"""`python -m engine.serve`: flags to a configuration, the sockets and the directory, then the supervisor.
+
+Whatever cannot be served is one line on stderr and exit code 2, before any process is started where that is possible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+
+import setproctitle
+
+from engine.directory import DeploymentDirectory, DirectoryError
+from engine.flags import FlagError, parse
+from engine.supervisor import ListenError, Supervisor, listen
+from metrics.broadcast import BroadcastError
+
+
+def main(
+    arguments: list[str] | None = None,
+    *,
+    engine_module: str = "engine.loop",
+    api_server_module: str = "frontend.server",
+) -> int:
+    """The exit code: 0 after a signal, 1 when the deployment failed later, 2 for what cannot be served. The modules
+    are what the children run; others wrap them to observe."""
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
+        config = dataclasses.replace(config, engine_module=engine_module, api_server_module=api_server_module)
+        setproctitle.setproctitle("wholebatch supervisor")  # and no more flags, keys among them, in `ps`
+        form = "%(asctime)s level=%(levelname)s process=supervisor %(message)s"
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form)
+        public = listen(config.host, config.port)
+        directory = DeploymentDirectory.create(Path(config.runtime_directory))
+        try:
+            supervisor = Supervisor(config, directory, public)
+        except (ListenError, BroadcastError):
+            directory.remove()
+            raise
+    except (FlagError, ListenError, DirectoryError, BroadcastError) as error:
+        print(f"engine.serve: {error}", file=sys.stderr)
+        return 2
+    return supervisor.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
