@@ -101,13 +101,13 @@ class EngineLoop:
         self._shared.is_busy = has_work
         self._shared.progress += 1
         if has_work:
-            self._recorder.stage("receive", time.perf_counter() - began)
+            self._recorder.stages(receive_s=time.perf_counter() - began)
             self._core.on_iteration = self._shared.iterations.append if self._shared.wants_iterations else None
             outputs = self._core.step()
             self._commit()
             began = time.perf_counter()
             self._send(outputs)
-            self._recorder.stage("send", time.perf_counter() - began)
+            self._recorder.stages(send_s=time.perf_counter() - began)
             self._shared.is_busy = self._core.has_work
         self._keep_house(has_news)
 
