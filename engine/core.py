@@ -140,9 +140,9 @@ class EngineCore:
         self._set_gauges()
         try:
             self._recorder.iteration(batch.counts, at - started)
-            self._recorder.stage("schedule", scheduled_at - started)
-            self._recorder.stage("run", at - scheduled_at)
-            self._recorder.stage("record", self._clock() - at)
+            self._recorder.stages(
+                schedule_s=scheduled_at - started, run_s=at - scheduled_at, record_s=self._clock() - at
+            )
         except Exception as fault:  # noqa: BLE001 - P8: the bulkhead around the record
             self._recorder.faulted()
             if self._on_fault is not None:

@@ -80,7 +80,7 @@ class Recorder:
         )
         self._iterations = {p: cell("wholebatch:iterations_total", phase=p) for p in PHASES}
         self._durations = {p: histogram("wholebatch:iteration_duration_seconds", phase=p) for p in PHASES}
-        self._stages = {s: cell("wholebatch:iteration_stage_seconds_total", stage=s) for s in STAGES}
+        self._stages = [cell("wholebatch:iteration_stage_seconds_total", stage=s) for s in STAGES]
         self._faults = cell("wholebatch:bulkhead_errors_total", where="record")
         self._accepted = cell("wholebatch:sequences_accepted_total")
         self._finished = {
@@ -121,9 +121,19 @@ class Recorder:
         tally.inc(self._iterations[phase])
         tally.observe(self._durations[phase], duration_s)
 
-    def stage(self, stage: str, seconds: float) -> None:
-        """Time that the loop spent in one of STAGES."""
-        self._tally.inc(self._stages[stage], seconds)
+    def stages(
+        self,
+        *,
+        receive_s: float = 0.0,
+        schedule_s: float = 0.0,
+        run_s: float = 0.0,
+        record_s: float = 0.0,
+        send_s: float = 0.0,
+    ) -> None:
+        """Where the loop's time went; each stage is booked by whoever knows it, when it is known."""
+        for cell, seconds in zip(self._stages, (receive_s, schedule_s, run_s, record_s, send_s), strict=True):
+            if seconds:
+                self._tally.inc(cell, seconds)
 
     def faulted(self) -> None:
         """A fault of this record was caught."""

@@ -66,18 +66,10 @@ def test_a_duration_that_is_none_is_refused_after_everything_else_is_booked(engi
 
 
 def test_stages_add_up(engine):
-    for stage, seconds in (
-        ("receive", 2),
-        ("schedule", 4),
-        ("run", 0.5),
-        ("record", 8),
-        ("run", 0.25),
-        ("send", 0.125),
-    ):
-        engine.recorder.stage(stage, seconds)
-    assert engine.value("wholebatch:iteration_stage_seconds_total", stage="run") == 0.75
-    assert engine.value("wholebatch:iteration_stage_seconds_total", stage="send") == 0.125
-    for stage, seconds in (("receive", 2), ("schedule", 4), ("record", 8)):
+    engine.recorder.stages(receive_s=2.0, schedule_s=4.0, run_s=0.5, record_s=8.0)
+    engine.recorder.stages(run_s=0.25, send_s=0.125)
+    expected = {"receive": 2.0, "schedule": 4.0, "run": 0.75, "record": 8.0, "send": 0.125}
+    for stage, seconds in expected.items():
         assert engine.value("wholebatch:iteration_stage_seconds_total", stage=stage) == seconds
 
 
