@@ -57,6 +57,7 @@ class LlamaModel:
         progress: Callable[[str], None],
     ) -> None:
         self.spec = spec = checkpoint.spec
+        self.dtype = dtype
         self._kernels = kernels
         reader = _WeightReader(checkpoint, dtype, device)
         self._embeddings = reader.vector("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))

@@ -1,0 +1,166 @@
+"""The decoder against transformers' logits, and the PyTorch kernels against their definitions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.kernels import kernels_for
+from engine.kernels.interface import FlatBatch
+from engine.models.llama import FlatInput, LlamaModel
+from engine.weights.load import open_checkpoint
+from tests.greedy import Reference, random_prompts
+from tests.tiny_models import FAMILIES, write_tiny_llama
+
+CPU = torch.device("cpu")
+KERNELS = kernels_for(CPU)
+BLOCK_SIZE = 4
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaModel:
+    checkpoint = open_checkpoint(str(path))
+    return LlamaModel(checkpoint, KERNELS, dtype=dtype, device=CPU, max_model_len=512, progress=lambda line: None)
+
+
+def logits_of_prompts(model: LlamaModel, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """All positions' logits, the prompts run as one flat batch in blocks of no particular order."""
+    spec = model.spec
+    tables, slots, free = [], [], list(range(200))
+    random.Random(0).shuffle(free)
+    for prompt in prompts:
+        table = [free.pop() for _ in range(-(-len(prompt) // BLOCK_SIZE))]
+        tables.append(table)
+        slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(len(prompt))]
+    lengths = [len(prompt) for prompt in prompts]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    caches = torch.zeros(spec.num_layers, 200, BLOCK_SIZE, 2, spec.num_kv_heads, spec.head_dim, dtype=model.dtype)
+    inputs = FlatInput(
+        token_ids=torch.tensor([token for prompt in prompts for token in prompt]),
+        positions=torch.tensor([position for length in lengths for position in range(length)]),
+        slots=torch.tensor(slots),
+        sampled_rows=None,
+        plan=KERNELS.plan(FlatBatch(query_starts=starts, lengths=lengths, block_tables=tables), BLOCK_SIZE),
+    )
+    return list(model.forward(inputs, caches).split(lengths))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_references(tmp_path: Path, family: str):
+    directory = write_tiny_llama(tmp_path, family=family, seed=3)
+    reference = Reference(directory)
+    prompts = random_prompts((1, 5, 300, 16), 512, seed=1)
+    for prompt, logits in zip(prompts, logits_of_prompts(load_model(directory), prompts), strict=True):
+        torch.testing.assert_close(logits, reference.logits(prompt), rtol=1e-3, atol=1e-3)
+
+
+def test_linear_rope_scaling_is_the_references(tmp_path: Path):
+    directory = write_tiny_llama(tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    (prompt,) = random_prompts((100,), 512)
+    (logits,) = logits_of_prompts(load_model(directory), [prompt])
+    torch.testing.assert_close(logits, Reference(directory).logits(prompt), rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16_is_near_float32(tmp_path: Path):
+    directory = write_tiny_llama(tmp_path)
+    (prompt,) = random_prompts((50,), 512)
+    (exact,) = logits_of_prompts(load_model(directory), [prompt])
+    (near,) = logits_of_prompts(load_model(directory, torch.bfloat16), [prompt])
+    assert near.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(exact, near).min() > 0.99
+
+
+# --- attention ---
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sequence: what is in the cache before, and what is new."""
+
+    start: int
+    num_tokens: int
+
+
+parts = st.lists(st.builds(Part, st.integers(0, 70), st.sampled_from((1, 1, 1, 2, 5, 17))), min_size=1, max_size=12)
+
+
+def naive_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int) -> torch.Tensor:
+    """q (rows, heads, d) of one sequence, keys and values (positions, kv heads, d); one row and head at a time."""
+    out = torch.empty_like(q)
+    group = q.shape[1] // keys.shape[1]
+    for row in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            seen_keys = keys[: start + row + 1, head // group]
+            weights = (seen_keys @ q[row, head] * q.shape[2] ** -0.5).softmax(0)
+            out[row, head] = weights @ values[: start + row + 1, head // group]
+    return out
+
+
+@settings(max_examples=40)
+@given(parts=parts, num_kv_heads=st.sampled_from((1, 2, 4)), seed=st.integers(0, 1000))
+def test_paged_attention_is_attention(parts: list[Part], num_kv_heads: int, seed: int):
+    """Whatever else the cache holds, and wherever a sequence's blocks lie."""
+    num_heads, head_dim = 4, 8
+    generator = torch.Generator().manual_seed(seed)
+    num_blocks = sum(-(-(p.start + p.num_tokens) // BLOCK_SIZE) for p in parts) + 3
+    cache = torch.randn(num_blocks, BLOCK_SIZE, 2, num_kv_heads, head_dim, generator=generator) * 10
+    free = torch.randperm(num_blocks, generator=generator).tolist()
+    q = torch.randn(sum(p.num_tokens for p in parts), num_heads, head_dim, generator=generator)
+    starts, lengths, tables, new_kv, slots, expected = [0], [], [], [], [], []
+    for part in parts:
+        length = part.start + part.num_tokens
+        table = [free.pop() for _ in range(-(-length // BLOCK_SIZE))]
+        kv = torch.randn(length, 2, num_kv_heads, head_dim, generator=generator)
+        places = torch.tensor([table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(length)])
+        KERNELS.store_kv(kv[: part.start].flatten(1), cache, places[: part.start])
+        expected.append(naive_attention(q[starts[-1] :][: part.num_tokens], kv[:, 0], kv[:, 1], part.start))
+        new_kv.append(kv[part.start :].flatten(1))
+        slots.append(places[part.start :])
+        starts.append(starts[-1] + part.num_tokens)
+        lengths.append(length)
+        tables.append(table)
+    kv = torch.cat(new_kv)
+    KERNELS.store_kv(kv, cache, torch.cat(slots))
+    plan = KERNELS.plan(FlatBatch(query_starts=starts, lengths=lengths, block_tables=tables), BLOCK_SIZE)
+    torch.testing.assert_close(KERNELS.attention(q, kv, cache, plan), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_storing_writes_its_slots_and_no_others():
+    cache = torch.zeros(3, BLOCK_SIZE, 2, 1, 2)
+    kv = torch.arange(8.0).view(2, 4) + 1
+    KERNELS.store_kv(kv, cache, torch.tensor([5, 11]))
+    rows = cache.view(12, 4)
+    assert torch.equal(rows[[5, 11]], kv)
+    assert rows.count_nonzero() == 8
+
+
+# --- elementwise ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_its_definition(dtype: torch.dtype):
+    x, weight = torch.randn(5, 16).to(dtype), torch.randn(16).to(dtype)
+    wide = x.double()
+    expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(KERNELS.rms_norm(x, weight, 1e-5).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_rotary_turns_each_pair_of_halves_by_its_angle():
+    angles = torch.tensor([0.3, 2.0])
+    x = torch.randn(1, 3, 4)
+    cos = torch.cat((angles.cos(), angles.cos())).view(1, 1, 4)
+    sin = torch.cat((-angles.sin(), angles.sin())).view(1, 1, 4)
+    turned = torch.view_as_complex(torch.stack((x[..., :2], x[..., 2:]), -1)) * torch.polar(torch.ones(2), angles)
+    torch.testing.assert_close(KERNELS.rotary(x, cos, sin), torch.cat((turned.real, turned.imag), -1))
+
+
+def test_silu_and_mul_gates_the_second_half_by_the_first():
+    gate, up = torch.randn(3, 8), torch.randn(3, 8)
+    expected = gate / (1 + (-gate).exp()) * up
+    torch.testing.assert_close(KERNELS.silu_and_mul(torch.cat((gate, up), -1)), expected)
