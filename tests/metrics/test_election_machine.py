@@ -267,7 +267,7 @@ class Election(RuleBasedStateMachine):
             return
         self.recover()
         well_at = self.time()
-        while self.time() < well_at + LIVENESS_BOUND_S + 1.0:
+        while self.time() < well_at + LIVENESS_BOUND_S + 0.5:
             self.fair_tick()
             if self.time() > well_at + LIVENESS_BOUND_S:
                 assert sum(server.is_exporting for server in self.api_servers) == 1, "nobody exports"
@@ -285,7 +285,7 @@ class Election(RuleBasedStateMachine):
         self.time.advance(0.05)
 
 
-Election.TestCase.settings = settings(stateful_step_count=40)
+Election.TestCase.settings = settings(stateful_step_count=30)
 TestElection = Election.TestCase
 
 
