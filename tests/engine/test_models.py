@@ -101,9 +101,7 @@ def naive_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
     return out
 
 
-@settings(max_examples=40)
-@given(parts=parts, num_kv_heads=st.sampled_from((1, 2, 4)), seed=st.integers(0, 1000))
-def test_paged_attention_is_attention(parts: list[Part], num_kv_heads: int, seed: int):
+def check_attention(parts: list[Part], num_kv_heads: int, seed: int) -> None:
     """Whatever else the cache holds, and wherever a sequence's blocks lie."""
     num_heads, head_dim = 4, 8
     generator = torch.Generator().manual_seed(seed)
@@ -128,6 +126,18 @@ def test_paged_attention_is_attention(parts: list[Part], num_kv_heads: int, seed
     KERNELS.store_kv(kv, cache, torch.cat(slots))
     plan = KERNELS.plan(FlatBatch(query_starts=starts, lengths=lengths, block_tables=tables), BLOCK_SIZE)
     torch.testing.assert_close(KERNELS.attention(q, kv, cache, plan), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60)
+@given(parts=parts, num_kv_heads=st.sampled_from((1, 2, 4)), seed=st.integers(0, 1000))
+def test_paged_attention_is_attention(parts: list[Part], num_kv_heads: int, seed: int):
+    check_attention(parts, num_kv_heads, seed)
+
+
+@pytest.mark.parametrize("starts", [(9, 10, 11), (3, 7, 11), (40, 3, 41, 2), (5, 90, 6, 88, 7, 30)])
+def test_a_batch_of_decodes_keeps_its_order(starts: tuple[int, ...]):
+    """One group of similar lengths, full blocks among them, and several groups."""
+    check_attention([Part(start, 1) for start in starts], 2, 0)
 
 
 def test_storing_writes_its_slots_and_no_others():

@@ -150,6 +150,11 @@ def test_every_position_of_a_seeded_sequence_has_its_own_randomness():
     assert len(tokens) > 40
 
 
+def test_the_least_random_number_draws_no_excluded_token(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Sampler, "_number", lambda self, sequence: 0.0)
+    assert sample([-9.0, 1.0, 2.0], sequence(replace(RANDOM, top_k=2))) == [1]
+
+
 def test_sequences_without_a_seed_follow_the_engines_and_differ_from_each_other():
     logits = [0.0] * 1000
     rows = [sequence(RANDOM, sequence_id=number) for number in range(50)]
