@@ -110,11 +110,17 @@ def decode_deployment(raw: bytes) -> Deployment:
         if version != TABLE_VERSION:
             raise DeploymentError(f"table version is not {TABLE_VERSION}: {version!r}")
         processes = tuple(_entry(*row) for row in rows)
-        return Deployment(version=int(number), facts=_facts(facts), processes=processes)
+        return Deployment(version=_count(number, "version"), facts=_facts(facts), processes=processes)
     except DeploymentError:
         raise
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise DeploymentError(f"no deployment table: {error}") from error
+
+
+def _count(value: Any, what: str) -> int:
+    if type(value) is not int or value < 0:
+        raise DeploymentError(f"{what} is not a whole number from 0: {str(value)[:80]!r}")
+    return value
 
 
 def _entry(role: str, index: int, incarnation: int, pid: int, state: str) -> ProcessEntry:
@@ -168,7 +174,7 @@ def decode_report(raw: bytes) -> Report:
         case [_, "ready", facts]:
             return Ready(facts=_facts(facts))
         case [_, "alive", int(progress), bool(is_busy)]:
-            return Alive(progress=progress, is_busy=is_busy)
+            return Alive(progress=_count(progress, "progress"), is_busy=is_busy)
         case [_, "failed", str(message_text)]:
             return Failed(message=message_text)
         case _:
