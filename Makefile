@@ -41,13 +41,15 @@ check: install-test ## lint, format, types, generated text
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m metrics.generate --check
+	$(BIN)/python -m tests.readme --check
 
 format: install-test ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: install ## rewrite the metric table of the README from the catalogue
+generate: install ## rewrite what is made from the code: the README's tables
 	$(BIN)/python -m metrics.generate
+	$(BIN)/python -m tests.readme
 
 bench: install-test model ## measure what the README claims
 	$(BIN)/python -m tests.benchmarks $(ARGS)
