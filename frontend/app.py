@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -115,16 +116,21 @@ class StatusRoutes:
 
     async def metrics(self, request: web.Request) -> web.Response:
         """The whole deployment's."""
-        return _exposition(*await self._state.ready().scrape.whole(_accept(request)))
+        serving = self._state.ready()
+        with _bulkhead(serving):
+            return _exposition(*await serving.scrape.whole(_accept(request)))
 
     async def engine_metrics(self, request: web.Request) -> web.Response:
         """One engine's series alone."""
-        scrape = self._state.ready().scrape
-        return _exposition(*await scrape.engine(self._engine(request), _accept(request)))
+        serving, engine = self._state.ready(), self._engine(request)
+        with _bulkhead(serving):
+            return _exposition(*await serving.scrape.engine(engine, _accept(request)))
 
     async def own_metrics(self, request: web.Request) -> web.Response:
         """This process's."""
-        return _exposition(*self._state.ready().scrape.own(_accept(request)))
+        serving = self._state.ready()
+        with _bulkhead(serving):
+            return _exposition(*serving.scrape.own(_accept(request)))
 
     async def snapshot(self, request: web.Request) -> web.Response:
         """The newest snapshot of an engine whose exporter this process is; 404 where it is not."""
@@ -155,6 +161,16 @@ class StatusRoutes:
         views = [] if self._state.serving is None else self._state.serving.exporter.engines
         grants = [None if view.grant is None else asdict(view.grant) for view in views]
         return [{"engine": engine, "grant": grant} for engine, grant in enumerate(grants)]
+
+
+@contextmanager
+def _bulkhead(serving: Serving) -> Iterator[None]:
+    """A scrape that fails is counted, and costs that one answer: `error_middleware` says and logs so."""
+    try:
+        yield
+    except Exception:
+        serving.record.fault("scrape")
+        raise
 
 
 def _exposition(body: bytes, content_type: str) -> web.Response:

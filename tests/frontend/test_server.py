@@ -161,6 +161,17 @@ async def test_a_commit_that_fails_costs_no_answer_and_is_counted(deploy: Any):
     assert total(samples, "http_requests_total", handler="/v1/models", status="2xx") == 1
 
 
+async def test_a_scrape_that_fails_is_counted_and_the_next_one_answers(deploy: Any):
+    node = await one(deploy)
+    scrape = node.serving.scrape
+    shared_parts = scrape._shared_parts
+    scrape._shared_parts = lambda: [][0]  # type: ignore[method-assign]
+    assert (await ask(node, "GET", "/metrics"))[0] == 500
+    scrape._shared_parts = shared_parts  # type: ignore[method-assign]
+    node.serving.group.now()
+    assert total(await node.scrape(), "wholebatch:bulkhead_errors_total", where="scrape") == 1
+
+
 # --- with an engine behind ---
 
 
