@@ -6,6 +6,7 @@ import pickle
 
 from metrics.election import LEASE_MARGIN, Granter, Holder
 from metrics.snapshot import NOWHERE, Grant, Heartbeat, Resign, Snapshot, Term
+from tests.fakes import FakeClock
 
 LEASE_S = 0.6
 HOLD_S = LEASE_MARGIN * LEASE_S
@@ -195,6 +196,23 @@ def test_a_granter_remembers_no_more_after_a_long_life_than_after_a_short_one() 
         if sequence in (1_000, 20_000):
             sizes.append(len(pickle.dumps(granter)))
     assert sizes[1] < 1.2 * sizes[0]
+
+
+def test_the_margin_covers_a_slow_holder_and_a_fast_engine() -> None:
+    """Clocks 2 % off in the worst directions, messages without delay, looked at every millisecond of true time."""
+    time = FakeClock(0.0)
+    engine_clock, holder_clock = time.skewed(0.0, 1.02), time.skewed(5.0, 0.98)
+    granter, holder = Granter(1, LEASE_S, engine_clock()), Holder(0, 1, LEASE_S)
+    holder.on_snapshot(snapshot_at(1, *granter.on_publish(1, engine_clock())), holder_clock())
+    granter.on_heartbeat(holder.heartbeat(holder_clock()), engine_clock())  # its last
+    holder.on_snapshot(snapshot_at(2, *granter.on_publish(2, engine_clock())), holder_clock())
+    assert holder.may_export(holder_clock())
+    for sequence in range(3, 703):
+        time.advance(0.001)
+        granter.on_heartbeat(beat(1, sequence, (1, sequence - 1)), engine_clock())
+        grant, _ = granter.on_publish(sequence, engine_clock())
+        assert grant == grant_to(0) or not holder.may_export(holder_clock())
+    assert grant == grant_to(1, term=(1, 2))
 
 
 # --- the holder ---
