@@ -50,6 +50,20 @@ class Shared:
     ended: queue.SimpleQueue[tuple[int, int]] = field(default_factory=queue.SimpleQueue)  # API servers; beacon to loop
 
 
+class FaultLog:
+    """One line for each kind of fault, however often it comes (P9): the counters say how often."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._logged: set[tuple[str, str, type[Exception]]] = set()
+
+    def log(self, event: str, kind: str, error: Exception) -> None:
+        key = (event, kind, type(error))
+        if key not in self._logged:
+            self._logged.add(key)
+            self._logger.error("event=%s kind=%s error=%r further=counted_only", event, kind, str(error))
+
+
 class Beacon:
     """`start` runs it in a thread; `turn` is one round, for tests."""
 
@@ -82,7 +96,7 @@ class Beacon:
         self._refresh_at = 0.0
         self._alive_at = 0.0
         self._progress = (-1, 0.0)  # the loop's, and since when
-        self._logged: set[str] = set()
+        self._faults = FaultLog(log)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -120,14 +134,17 @@ class Beacon:
     def turn(self) -> None:
         """Wait for what comes first, a message or the next publication, and deal with it."""
         now = self._clock()
-        due = min(self._publish_at if self._has_news() else self._refresh_at, self._alive_at)
+        # A commit wakes nobody up: look for one at least every publish interval.
+        due = min(max(self._publish_at, now + self._config.stats.publish_interval_s), self._refresh_at, self._alive_at)
+        if self._has_news():
+            due = min(due, self._publish_at)
         events = dict(self._poller.poll(max(0, round((due - now) * 1000))))
         if self._lifeline.fileno() in events and self._lifeline.is_severed():
             self._on_orphaned()
         self._guard("heartbeat", self._take_heartbeats)
         self._guard("heartbeat", self._take_tables)
         now = self._clock()
-        if now >= (self._publish_at if self._has_news() else self._refresh_at):
+        if now >= self._refresh_at or (self._has_news() and now >= self._publish_at):
             self._guard("publish", self._publish)
         if now >= self._alive_at:
             self._alive_at = now + ALIVE_S
@@ -142,12 +159,7 @@ class Beacon:
             action()
         except Exception as error:  # noqa: BLE001
             self._store.tally.inc(self._cells.faults[where])
-            self._log_once(f"{where}.{type(error).__name__}", "bulkhead", where, error)
-
-    def _log_once(self, key: str, event: str, kind: str, error: Exception) -> None:
-        if key not in self._logged:
-            self._logged.add(key)
-            log.error("event=%s kind=%s error=%r further=counted_only", event, kind, str(error))
+            self._faults.log("bulkhead", where, error)
 
     # --- what comes in ---
 
@@ -181,7 +193,7 @@ class Beacon:
 
     def _reject(self, kind: str, error: Exception) -> None:
         self._store.tally.inc(self._cells.rejected[kind])
-        self._log_once(f"rejected.{kind}", "wire_rejected", kind, error)
+        self._faults.log("wire_rejected", kind, error)
 
     def _on_table(self, table: Deployment) -> None:
         """Tell the granter and the loop of every API server incarnation that has ended since the last table."""

@@ -13,7 +13,7 @@ INTERVAL_S: Final = 10.0
 
 
 class Console:
-    """Call `tick` now and then; it logs when it is time and something has happened since the last line."""
+    """What grew between two lines, and how things stand."""
 
     def __init__(self, tally: Tally, now: float) -> None:
         cell = tally.layout.cell

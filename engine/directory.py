@@ -16,6 +16,9 @@ import time
 from pathlib import Path
 from typing import Final
 
+# Source: unix(7): sun_path holds 108 bytes with the NUL that ends it.
+MAX_SOCKET_PATH_BYTES: Final = 107
+LONGEST_SOCKET: Final = "/engine-255.9999999.work"
 ABANDONED_S: Final = 60.0  # a directory that never got a lock, after so long
 
 
@@ -39,6 +42,8 @@ class DeploymentDirectory:
     @classmethod
     def create(cls, runtime: Path) -> DeploymentDirectory:
         """Raises DirectoryError."""
+        if len(f"{runtime}/12345678{LONGEST_SOCKET}".encode()) > MAX_SOCKET_PATH_BYTES:
+            raise DirectoryError(f"runtime directory {runtime}: the path is too long for sockets in it")
         try:
             runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_private(runtime)

@@ -22,7 +22,7 @@ import zmq
 
 from engine import wire
 from engine.batch import Batch, Runner
-from engine.beacon import Beacon, Shared
+from engine.beacon import Beacon, FaultLog, Shared
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig, engine_config_from_json
 from engine.console import Console
@@ -56,7 +56,11 @@ class ModelRunner(Runner, Protocol):
     cache_dtype: str
 
 
-RunnerFactory = Callable[[EngineConfig, Callable[[str], None]], ModelRunner]
+RunnerFactory = Callable[[EngineConfig, Callable[[str], None]], ModelRunner]  # raises CannotServeError
+
+
+class CannotServeError(Exception):
+    """A model that cannot be served, today or tomorrow; one line for the operator."""
 
 
 class EngineLoop:
@@ -70,6 +74,7 @@ class EngineLoop:
         store: TallyStore,
         router: zmq.Socket[bytes],
         shared: Shared,
+        faults: FaultLog,
     ) -> None:
         self._config = config
         self._core = core
@@ -86,8 +91,9 @@ class EngineLoop:
             for where in ("commit", "process", "console")
         }
         self._known: dict[bytes, ApiServer] = {}  # routing identities that have said Hello
-        self._seen: set[int] = set()  # API-server indices that have said Hello in this engine's life
-        self._logged: set[str] = set()
+        self._greeted: set[int] = set()  # API-server indices that have said Hello in this engine's life
+        self._oldest = [0] * config.num_api_servers  # by index: earlier incarnations are known to have ended
+        self._fault_log = faults
         self._housekeeping_at = 0.0
 
     def turn(self) -> None:
@@ -104,10 +110,11 @@ class EngineLoop:
             self._recorder.stages(receive_s=time.perf_counter() - began)
             self._core.on_iteration = self._shared.iterations.append if self._shared.wants_iterations else None
             outputs = self._core.step()
+            stepped = time.perf_counter()
             self._commit()
-            began = time.perf_counter()
+            committed = time.perf_counter()
             self._send(outputs)
-            self._recorder.stages(send_s=time.perf_counter() - began)
+            self._recorder.stages(record_s=committed - stepped, send_s=time.perf_counter() - committed)
             self._shared.is_busy = self._core.has_work
         self._keep_house(has_news)
 
@@ -136,13 +143,7 @@ class EngineLoop:
             action()
         except Exception as error:  # noqa: BLE001
             self._store.tally.inc(self._faults[where])
-            self._log_once("bulkhead", where, error)
-
-    def _log_once(self, event: str, kind: str, error: Exception) -> None:
-        key = f"{event}.{kind}.{type(error).__name__}"
-        if key not in self._logged:
-            self._logged.add(key)
-            log.error("event=%s kind=%s error=%r further=counted_only", event, kind, str(error))
+            self._fault_log.log("bulkhead", where, error)
 
     # --- receive ---
 
@@ -150,7 +151,9 @@ class EngineLoop:
         """Handle everything that has arrived; whether anything had."""
         has_news = False
         while not self._shared.ended.empty():
-            self._drop(self._shared.ended.get(), "ended")
+            index, incarnation = self._shared.ended.get()
+            self._oldest[index] = max(self._oldest[index], incarnation + 1)
+            self._drop((index, incarnation), "ended")
             has_news = True
         while True:
             try:
@@ -162,7 +165,7 @@ class EngineLoop:
                 self._handle(identity, wire.decode_from_api_server(b"".join(parts)))
             except WireError as error:
                 self._store.tally.inc(self._rejected)
-                self._log_once("wire_rejected", "from_api_server", error)
+                self._fault_log.log("wire_rejected", "from_api_server", error)
 
     def _handle(self, identity: bytes, message: Hello | Submit | Abort) -> None:
         if isinstance(message, Hello):
@@ -184,11 +187,14 @@ class EngineLoop:
         if hello.engine_incarnation != self._config.incarnation:
             self._say_goodbye(identity, f"this is incarnation {self._config.incarnation}")
             return
+        if hello.incarnation < self._oldest[hello.api_server]:
+            return  # its last words, overtaken by the news of its end or by its successor's Hello
+        self._oldest[hello.api_server] = hello.incarnation
         for known in [k for k in self._known.values() if k[0] == hello.api_server]:
             self._drop(known, "replaced")
-        reason = "server_lost" if hello.api_server in self._seen else "engine_lost"
+        reason = "server_lost" if hello.api_server in self._greeted else "engine_lost"
         num_lost = self._recorder.settle(hello.api_server, hello.received_tokens, reason)
-        self._seen.add(hello.api_server)
+        self._greeted.add(hello.api_server)
         self._known[identity] = api_server
         log.info("event=hello api_server=%d incarnation=%d lost_tokens=%d", *api_server, num_lost)
 
@@ -220,19 +226,24 @@ class EngineLoop:
 
 
 def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelRunner:
-    """The model of the configuration, on the best device there is; raises engine.weights' ModelError (a ValueError)."""
+    """The model of the configuration; raises CannotServeError."""
+    # Here, not above: what runs another runner has no need of torch and its seconds of importing.
     from engine.runner import TorchRunner
+    from engine.weights.spec import ModelError
 
     facts = config.facts
-    return TorchRunner.load(
-        config.model,
-        config.cache,
-        config.scheduler,
-        max_model_len_fixed=None if facts is None else facts.max_model_len,
-        num_blocks_fixed=None if facts is None else facts.num_gpu_blocks,
-        num_threads=max(1, len(os.sched_getaffinity(0)) // config.num_engines),
-        progress=progress,
-    )
+    try:
+        return TorchRunner.load(
+            config.model,
+            config.cache,
+            config.scheduler,
+            max_model_len_fixed=None if facts is None else facts.max_model_len,
+            num_blocks_fixed=None if facts is None else facts.num_gpu_blocks,
+            num_threads=max(1, len(os.sched_getaffinity(0)) // config.num_engines),
+            progress=progress,
+        )
+    except ModelError as error:
+        raise CannotServeError(str(error)) from error
 
 
 def run(config: EngineConfig, runner: ModelRunner, lifeline: Lifeline) -> None:
@@ -259,7 +270,8 @@ def run(config: EngineConfig, runner: ModelRunner, lifeline: Lifeline) -> None:
     router = bind_router(context, wire.work_endpoint(config.directory, config.index, config.incarnation))
     shared = Shared()
     beacon = Beacon(config, layout, store, shared, lifeline)
-    loop = EngineLoop(config, _core(config, runner, recorder), recorder, store, router, shared)
+    faults = FaultLog(log)
+    loop = EngineLoop(config, make_core(config, runner, recorder, faults), recorder, store, router, shared, faults)
     beacon.start()
     lifeline.report(Ready(facts=_facts(config, runner)))
     log.info("event=ready engine=%d incarnation=%d", config.index, config.incarnation)
@@ -296,7 +308,8 @@ def _layout(config: EngineConfig, runner: ModelRunner) -> Layout:
     return build_layout(ENGINE, shape)
 
 
-def _core(config: EngineConfig, runner: ModelRunner, recorder: Recorder) -> EngineCore:
+def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, faults: FaultLog) -> EngineCore:
+    """The engine without its sockets."""
     pool = BlockPool(runner.num_blocks, runner.block_size, config.cache.enable_prefix_caching)
     scheduler = Scheduler(
         config.scheduler,
@@ -312,6 +325,7 @@ def _core(config: EngineConfig, runner: ModelRunner, recorder: Recorder) -> Engi
         time.monotonic,
         incarnation=config.incarnation,
         iteration_log=_log_iteration if config.stats.log_iteration_details else None,
+        on_fault=lambda fault: faults.log("bulkhead", "record", fault),
     )
 
 
@@ -349,7 +363,7 @@ def main(arguments: list[str] | None = None, runner_factory: RunnerFactory = loa
     except StoreError as error:
         log.error("event=start_failed error=%r", str(error))  # to be tried again: a full disk may have room by then
         return 1
-    except ValueError as error:  # engine.weights' ModelError: a model that cannot be served, today or tomorrow
+    except CannotServeError as error:
         lifeline.report(Failed(message=str(error)))
         return 2
     return 0

@@ -43,6 +43,8 @@ def main(
     except (FlagError, ListenError, DirectoryError, BroadcastError) as error:
         print(f"engine.serve: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # while the default model was fetched; nothing runs yet
     return supervisor.run()
 
 

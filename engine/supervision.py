@@ -4,8 +4,8 @@ Events and times in, actions out; `engine.supervisor` is the loop that obeys. Ru
 
 - A child starts only after its predecessor's exit was seen; its incarnation is one greater.
 - What ends is started again after a back-off of 0.1 to 5 s, which begins anew after 10 s of being ready.
-- A ready child that has been silent for the freeze timeout, or an engine that is busy and has made no progress for the
-  stall timeout, is killed, and then started again.
+- A ready child that has been silent for the freeze timeout, or is busy and has made no progress for the stall timeout,
+  is killed, and then started again.
 - An engine that ends 5 times without getting ready ends the deployment with exit code 1. A `Failed` report before the
   deployment was ever ready ends it with exit code 2: starting again would not help.
 - Stopping: API servers first (they let requests finish), then engines; whoever does not end in time is killed.
@@ -157,14 +157,14 @@ class Supervision:
     def _on_ready(self, child: _Child, facts: Facts | None, now: float) -> list[Action]:
         if child.state != "starting":
             return []
+        if child.role == ENGINE and facts is not None:
+            self.facts = self.facts or facts
+            if facts != self.facts:  # loaded at the same time as the first; the next incarnation is given the facts
+                return self._kill(child, f"facts differ: {facts}")
         child.state, child.ready_at, child.failures = "ready", now, 0
         child.progress_at = now
-        if child.role == ENGINE and facts is not None and self.facts is None:
-            self.facts = facts
         self.version += 1
         self.has_been_ready = self.has_been_ready or self.is_serving
-        if child.role == ENGINE and facts is not None and facts != self.facts:
-            return self._kill(child, f"facts differ: {facts}")
         return []
 
     def on_exit(self, role: str, index: int, now: float) -> list[Action]:
@@ -199,12 +199,9 @@ class Supervision:
                 actions += self._kill(child, "does not end")
             elif child.state == "ready" and now - child.alive_at > self.patience.freeze_timeout_s:
                 actions += self._kill(child, "frozen")
-            elif child.role == ENGINE and child.state == "ready" and self._is_stuck(child, now):
+            elif child.state == "ready" and now - child.progress_at > self.patience.stall_timeout_s:
                 actions += self._kill(child, "stuck")
         return actions
-
-    def _is_stuck(self, child: _Child, now: float) -> bool:
-        return now - child.progress_at > self.patience.stall_timeout_s
 
     def _kill(self, child: _Child, why: str) -> list[Action]:
         if child.is_killed:
