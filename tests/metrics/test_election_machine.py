@@ -1,8 +1,8 @@
 """The election under everything at once: pauses, crashes, restarts, loss, delay, repetition, reordering, skewed clocks.
 
 The model is too simple to be wrong: true time, which no process can read, and at each true instant the set of
-processes that would export. A right can only begin when something happens and only end by itself, so two that
-overlap at any instant overlap right after some event: looking after every step misses nothing.
+processes that would export. A right begins only when something happens, and time alone can only end it; so two rights
+that overlap at any instant overlap right after some event: looking after every step misses nothing.
 """
 
 from __future__ import annotations
