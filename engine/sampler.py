@@ -22,7 +22,8 @@ import torch
 from engine.batch import SampledToken, ScheduledSequence, TokenLogprobs
 from engine.sampling_params import SamplingParams
 
-_NUM_CANDIDATES = 1024  # looked at first for top_p; a flatter distribution is sorted whole
+_NUM_CANDIDATES = 256  # sorted first for top_p
+_MORE_CANDIDATES = 8  # times as many next, where the distribution is flatter than that
 _RESOLUTION = 48  # bits of the random number: u * total < total holds for every total
 
 
@@ -125,29 +126,34 @@ def _cut(logits: torch.Tensor, parameters: Sequence[SamplingParams]) -> None:
         logits[cut] = rows.masked_fill(rows < _thresholds(rows, [parameters[row] for row in cut]), -torch.inf)
 
 
-def _thresholds(logits: torch.Tensor, parameters: Sequence[SamplingParams]) -> torch.Tensor:
-    """The least logit that top_k and then top_p let in, (rows, 1)."""
+def _thresholds(
+    logits: torch.Tensor, parameters: Sequence[SamplingParams], num_candidates: int = _NUM_CANDIDATES
+) -> torch.Tensor:
+    """The least logit that top_k and then top_p let in, (rows, 1).
+
+    Only the best candidates of each row are sorted; where they do not settle it, more of that row are.
+    """
     vocab_size = logits.shape[1]
     top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in parameters]
+    num_candidates = min(vocab_size, max(num_candidates, *(k for k in top_k if k < vocab_size), 1))
     limits = torch.tensor(top_k, device=logits.device).unsqueeze(1)
     shares = logits.new_tensor([p.top_p for p in parameters], dtype=torch.float64).unsqueeze(1)
-    num_candidates = min(vocab_size, max(_NUM_CANDIDATES, *(k for k in top_k if k < vocab_size), 1))
-    while True:
-        candidates = logits.topk(num_candidates, -1).values
-        inside = torch.arange(num_candidates, device=logits.device) < limits
-        # The mass that top_p is a share of: all of the row, or the best top_k tokens of it.
-        offset = candidates[:, :1]
-        masses = (candidates - offset).exp().double() * inside
-        total = torch.where(
-            limits < vocab_size, masses.sum(-1, keepdim=True), (logits - offset).exp().double().sum(-1, keepdim=True)
-        )
-        before = masses.cumsum(-1) - masses
-        kept = inside & ((before < shares * total) | (shares == 1))
-        kept[:, 0] = True
-        is_found = ~kept[:, -1] | (limits.squeeze(1) <= num_candidates)
-        if num_candidates == vocab_size or bool(is_found.all()):
-            return candidates.gather(1, kept.sum(-1, keepdim=True) - 1)
-        num_candidates = vocab_size
+    candidates = logits.topk(num_candidates, -1).values.double()
+    inside = torch.arange(num_candidates, device=logits.device) < limits
+    masses = (candidates - candidates[:, :1]).exp() * inside
+    # What top_p is a share of: the whole row, or its best top_k tokens.
+    row_mass = (logits.logsumexp(-1, keepdim=True).double() - candidates[:, :1]).exp()
+    total = torch.where(limits < vocab_size, masses.sum(-1, keepdim=True), row_mass)
+    mass_before = masses.cumsum(-1) - masses
+    kept = inside & ((mass_before < shares * total) | (shares == 1))
+    kept[:, 0] = True
+    thresholds = candidates.gather(1, kept.sum(-1, keepdim=True) - 1).to(logits.dtype)
+    is_open = kept[:, -1] & (limits.squeeze(1) > num_candidates)
+    if num_candidates < vocab_size and bool(is_open.any()):
+        rows = is_open.nonzero().flatten()
+        rest = [parameters[row] for row in rows.tolist()]
+        thresholds[rows] = _thresholds(logits[rows], rest, _MORE_CANDIDATES * num_candidates)
+    return thresholds
 
 
 def _report(logprobs: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
