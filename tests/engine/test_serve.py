@@ -1,0 +1,216 @@
+"""The command line: every flag reaches its configuration, and what cannot be served is one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.config import DeploymentConfig
+from engine.flags import API_KEY_VARIABLE, FlagError, parse
+from tests.tiny_models import write_tiny_llama
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    write_tiny_llama(directory)
+    return directory
+
+
+def parsed(model: Path, *flags: str, key: str | None = None) -> DeploymentConfig:
+    return parse(["--model", str(model), *flags], {} if key is None else {API_KEY_VARIABLE: key})
+
+
+def test_defaults_are_vllms(model: Path):
+    config = parsed(model)
+    assert (config.num_engines, config.num_api_servers, config.port) == (1, 1, 8000)
+    assert (config.scheduler.max_num_seqs, config.cache.block_size) == (256, 16)
+    assert config.cache.enable_prefix_caching
+    assert config.scheduler.enable_chunked_prefill
+    assert config.served_model_names == ("tiny",)
+    assert config.stats.log_stats
+    assert config.api_keys == ()
+
+
+def test_there_are_as_many_api_servers_as_engines_unless_said_otherwise(model: Path):
+    assert parsed(model, "-dp", "3").num_api_servers == 3
+    assert parsed(model, "--data-parallel-size", "3", "-asc", "4").num_api_servers == 4
+
+
+def test_every_flag_reaches_its_configuration(model: Path):
+    config = parsed(
+        model,
+        *("--served-model-name", "a", "b", "--host", "::1", "--port", "0", "--max-model-len", "128"),
+        *("--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--num-gpu-blocks-override", "9"),
+        *("--kv-cache-memory-bytes", "2Gi", "--no-enable-prefix-caching", "--no-enable-chunked-prefill"),
+        *("--dtype", "float32", "--seed", "7", "--disable-log-stats", "--lease", "2", "--publish-interval", "0.1"),
+        *("--drain-timeout", "3", "--freeze-timeout", "4", "--stall-timeout", "5", "--device", "cpu"),
+        *("--custom-histogram-buckets", '{"iteration_tokens": [1, 64]}', "--latency-buckets", "fine"),
+        *("--long-prefill-token-threshold", "16", "--enable-logging-iteration-details", "--api-key", "k1", "k2"),
+        key="k3",
+    )
+    assert config.served_model_names == ("a", "b")
+    assert (config.host, config.port, config.api_keys) == ("::1", 0, ("k1", "k2", "k3"))
+    assert (config.model.max_model_len, config.model.dtype, config.model.seed) == (128, "float32", 7)
+    assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (4, 32)
+    assert (config.scheduler.enable_chunked_prefill, config.scheduler.long_prefill_token_threshold) == (False, 16)
+    assert (config.cache.num_gpu_blocks_override, config.cache.kv_cache_memory_bytes) == (9, 2**31)
+    assert not config.cache.enable_prefix_caching
+    assert (config.drain_timeout_s, config.freeze_timeout_s, config.stats.stall_timeout_s) == (3, 4, 5)
+    assert (config.stats.log_stats, config.stats.log_iteration_details) == (False, True)
+    assert dict(config.stats.bucket_overrides)["iteration_tokens"] == (1.0, 64.0)
+    assert dict(config.stats.bucket_overrides)["latency"][0] < 0.3
+
+
+BAD = {
+    "an unknown flag": (["--fast"], "--fast"),
+    "an abbreviated flag": (["--max-model", "5"], "--max-model"),
+    "no number": (["--port", "http"], "http"),
+    "a port out of range": (["--port", "65536"], "65536"),
+    "no API server": (["-asc", "0"], "0"),
+    "a lease that is no number": (["--lease", "nan"], "nan"),
+    "a lease too short for its publications": (["--lease", "0.1"], "--lease 0.1"),
+    "fewer tokens than sequences": (["--max-num-batched-tokens", "8"], "--max-num-seqs"),
+    "admin ports beyond the last": (["--admin-port", "65535", "-asc", "2"], "65535"),
+    "buckets that do not grow": (["--custom-histogram-buckets", '{"iteration_tokens": [2, 1]}'], "iteration_tokens"),
+    "an unknown dtype": (["--dtype", "int3"], "int3"),
+    "bytes that are none": (["--kv-cache-memory-bytes", "many"], "many"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_flag_is_named(model: Path, case: str):
+    flags, word = BAD[case]
+    with pytest.raises(FlagError) as refused:
+        parsed(model, *flags)
+    assert word in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_is_none_is_named(tmp_path: Path):
+    (tmp_path / "x.gguf").write_bytes(b"GGML....")
+    (tmp_path / "empty").mkdir()
+    for name, word in (("nowhere", "no such file"), ("x.gguf", "not a GGUF"), ("empty", "config.json")):
+        with pytest.raises(FlagError, match=word) as refused:
+            parsed(tmp_path / name)
+        assert str(tmp_path / name) in str(refused.value)
+
+
+def serve(*flags: str) -> tuple[int, list[str]]:
+    """(exit code, lines of stderr) of the command itself."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.serve", *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_a_wrong_flag_is_one_line_and_exit_code_2():
+    code, lines = serve("--port", "many")
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("engine.serve: ")
+    assert "many" in lines[0]
+
+
+@pytest.mark.parametrize("flag", ["--port", "--admin-port"])
+def test_a_taken_port_is_one_line_and_nothing_is_left(model: Path, tmp_path: Path, flag: str):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        other = ["--port", "0"] if flag == "--admin-port" else []
+        code, lines = serve("--model", str(model), flag, port, *other, "--runtime-dir", str(tmp_path / "run"))
+    assert code == 2
+    assert len(lines) == 1
+    assert port in lines[0]
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(model: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    code, lines = serve("--model", str(model), "--port", "0", "--runtime-dir", str(tmp_path / "file"))
+    assert code == 2
+    assert len(lines) == 1
+    assert str(tmp_path / "file") in lines[0]
+
+
+def test_a_broken_model_ends_everything_with_one_line(tmp_path: Path):
+    broken = tmp_path / "broken"
+    write_tiny_llama(broken)
+    for weights in broken.glob("*.safetensors"):
+        weights.write_bytes(b"\0" * 100)
+    code, lines = serve("--model", str(broken), "--port", "0", "--runtime-dir", str(tmp_path / "run"), "-asc", "2")
+    assert code == 2
+    said = [line for line in lines if line.startswith("engine.serve: ")]
+    assert len(said) == 1
+    assert str(broken) in said[0]
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_help_names_vllms_flags():
+    done = subprocess.run([sys.executable, "-m", "engine.serve", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    for flag in ("--api-server-count", "--data-parallel-size", "--kv-cache-memory-bytes", "--disable-log-stats"):
+        assert flag in done.stdout
+
+
+STUB = """
+import signal, sys, time, argparse, os, json
+from metrics.deployment import Facts, Ready
+from metrics.lifeline import Lifeline
+parser = argparse.ArgumentParser()
+parser.add_argument("--config-fd", type=int)
+with os.fdopen(parser.parse_args().config_fd) as file:
+    config = json.load(file)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+facts = Facts(model_name="tiny", max_model_len=64, vocab_size=300, block_size=16, num_gpu_blocks=8,
+              cache_dtype="float32", enable_prefix_caching=True)
+lifeline = Lifeline(config["lifeline_fd"])
+lifeline.report(Ready(facts=facts if "cache" in config else None))
+while not lifeline.is_severed():
+    time.sleep(0.05)
+"""
+PARENT = "import sys; from engine.serve import main; sys.exit(main(engine_module='stub', api_server_module='stub'))"
+
+
+def test_a_supervisor_of_stubs_starts_restarts_and_ends_them(model: Path, tmp_path: Path):
+    (tmp_path / "stub.py").write_text(STUB)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    flags = ["--model", str(model), "--port", "0", "-asc", "2", "--runtime-dir", str(tmp_path / "run")]
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    ) as parent:
+        ready = parent.stdout.readline()
+        assert ready.startswith("ready url=http://127.0.0.1:"), parent.stderr.read()
+        assert ready.endswith("model=tiny api_servers=2 engines=1\n")
+        pid = 0
+        for line in parent.stderr:
+            if "event=started role=api-server index=1 incarnation=1 " in line:
+                pid = int(line.rpartition("pid=")[2])
+                os.kill(pid, signal.SIGKILL)
+            if "event=started role=api-server index=1 incarnation=2 " in line:
+                break
+        assert pid, "the first start was logged"
+        parent.send_signal(signal.SIGINT)
+        rest = parent.stderr.read()
+        assert parent.wait(20) == 0
+    assert "Traceback" not in rest
+    assert not list((tmp_path / "run").iterdir())
