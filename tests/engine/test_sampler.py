@@ -122,6 +122,19 @@ def test_top_p_is_right_beyond_the_first_candidates(spread: float):
     assert max(drawn) > 0.95 * max(permitted)
 
 
+def test_a_flat_row_beside_peaked_ones_gets_its_own_candidates():
+    vocab_size = 5000
+    flat, peaked = torch.linspace(0.001, 0, vocab_size), torch.zeros(vocab_size)
+    peaked[42] = 30.0
+    drawn = set()
+    for seed in range(60):
+        rows = [sequence(replace(RANDOM, top_p=0.6, seed=seed))] * 3
+        first, token, last = (t for t, _ in SAMPLER.sample(torch.stack((peaked, flat, peaked)), rows))
+        assert first == last == 42
+        drawn.add(token)
+    assert 2000 < max(drawn) <= 0.6 * vocab_size
+
+
 def test_each_row_of_a_batch_has_its_own_limits():
     logits = [3.0, 2.9, 2.8, 2.7]
     one, two = replace(RANDOM, top_k=1), replace(RANDOM, top_k=2)
