@@ -76,15 +76,15 @@ class World:
         return self
 
     def live(
-        self, seconds: float, silent: tuple[tuple[str, int], ...] = (), busy_without_progress: bool = False
+        self, seconds: float, *, silent: tuple[str, int] | None = None, busy: bool = False, progresses: bool = True
     ) -> None:
-        """Time passes; everybody but the silent reports twice a second."""
+        """Time passes; everybody but the silent one reports twice a second."""
         for _ in range(round(seconds * 2)):
             self.tick(0.5)
             for role, index in list(self.running):
-                if (role, index) not in silent:
-                    progress = 7 if busy_without_progress else round(self.now * 2)
-                    self.report(role, index, Alive(progress=progress, is_busy=busy_without_progress))
+                if (role, index) != silent:
+                    progress = round(self.now * 2) if progresses else 7
+                    self.report(role, index, Alive(progress=progress, is_busy=busy))
 
     def killed(self) -> list[tuple[str, int]]:
         return [(kill.role, kill.index) for kill in self.signals if kill.signal == signal.SIGKILL]
@@ -148,19 +148,20 @@ def test_the_delay_begins_anew_after_ten_seconds_of_being_ready():
 def test_a_silent_process_is_killed_after_the_freeze_timeout_and_not_before():
     for frozen in ((ENGINE, 0), (API_SERVER, 1)):
         world = World().start()
-        world.live(9.5, silent=(frozen,))
+        world.live(9.5, silent=frozen)
         assert not world.signals
-        world.live(1.0, silent=(frozen,))
+        world.live(1.0, silent=frozen)
         assert [(k.role, k.index, k.signal, k.why) for k in world.signals] == [(*frozen, signal.SIGKILL, "frozen")]
 
 
 def test_a_busy_engine_without_progress_is_killed_after_the_stall_timeout_and_an_idle_one_never():
     world = World().start()
-    world.live(200)
+    world.live(200, busy=True)
+    world.live(200, progresses=False)
     assert not world.signals
-    world.live(59, busy_without_progress=True)
+    world.live(59, busy=True, progresses=False)
     assert not world.signals
-    world.live(3, busy_without_progress=True)
+    world.live(3, busy=True, progresses=False)
     assert (ENGINE, 0) in world.killed()
     assert {kill.why for kill in world.signals} == {"stuck"}
 
