@@ -24,6 +24,7 @@ MAX_BACKOFF_S: Final = 5.0
 STEADY_S: Final = 10.0  # ready for so long: the next back-off begins anew
 MAX_ENGINE_FAILURES: Final = 5
 ENGINE_END_S: Final = 5.0  # from SIGTERM to SIGKILL
+MAX_TICK_GAP_S: Final = 1.0  # a longer one means that the supervisor itself was stopped
 DRAIN_MARGIN_S: Final = 5.0  # an API server's, beyond its drain
 
 Key = tuple[str, int]  # (role, index)
@@ -97,6 +98,7 @@ class Supervision:
     version: int = 0  # of the table; grows with every change
     has_been_ready: bool = False
     _children: dict[Key, _Child] = field(default_factory=dict)
+    _ticked_at: float | None = None
     _stopping: str = ""  # "", API_SERVER (they drain), ENGINE (they end)
     _exit: Exit = field(default_factory=lambda: Exit(0))
 
@@ -188,8 +190,8 @@ class Supervision:
         return self._stop(Exit(0), now, kill=self.is_stopping)
 
     def tick(self, now: float) -> list[Action]:
-        """What time alone brings. Read all reports that have come before calling it: a supervisor that was frozen must
-        not take its own silence for its children's."""
+        """What time alone brings."""
+        self._forgive(now)
         actions = self._advance(now)
         for child in self._children.values():
             if child.state == "ended":
@@ -202,6 +204,15 @@ class Supervision:
             elif child.state == "ready" and now - child.progress_at > self.patience.stall_timeout_s:
                 actions += self._kill(child, "stuck")
         return actions
+
+    def _forgive(self, now: float) -> None:
+        """While the supervisor did not look, nobody was silent or stuck: its own freeze is not its children's."""
+        gap = 0.0 if self._ticked_at is None else now - self._ticked_at
+        self._ticked_at = now
+        if gap > MAX_TICK_GAP_S:
+            for child in self._children.values():
+                child.alive_at = min(now, child.alive_at + gap)
+                child.progress_at = min(now, child.progress_at + gap)
 
     def _kill(self, child: _Child, why: str) -> list[Action]:
         if child.is_killed:

@@ -154,6 +154,17 @@ def test_a_silent_process_is_killed_after_the_freeze_timeout_and_not_before():
         assert [(k.role, k.index, k.signal, k.why) for k in world.signals] == [(*frozen, signal.SIGKILL, "frozen")]
 
 
+def test_a_supervisor_that_was_frozen_does_not_take_its_own_silence_for_its_childrens():
+    world = World().start()
+    world.live(5, silent=(ENGINE, 0))
+    world.tick(300.0)  # and only then what was reported meanwhile is read
+    assert not world.signals
+    world.live(4, silent=(ENGINE, 0))
+    assert not world.signals
+    world.live(2, silent=(ENGINE, 0))
+    assert world.killed() == [(ENGINE, 0)]
+
+
 def test_a_busy_engine_without_progress_is_killed_after_the_stall_timeout_and_an_idle_one_never():
     world = World().start()
     world.live(200, busy=True)
