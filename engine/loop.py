@@ -239,11 +239,17 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
             config.scheduler,
             max_model_len_fixed=None if facts is None else facts.max_model_len,
             num_blocks_fixed=None if facts is None else facts.num_gpu_blocks,
-            num_threads=max(1, len(os.sched_getaffinity(0)) // config.num_engines),
+            num_threads=_num_threads(config.num_engines),
             progress=progress,
         )
     except ModelError as error:
         raise CannotServeError(str(error)) from error
+
+
+def _num_threads(num_engines: int) -> int:
+    """What OMP_NUM_THREADS says, as everywhere; else this engine's even share of the cores."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    return int(chosen) if chosen.isdigit() and int(chosen) else max(1, len(os.sched_getaffinity(0)) // num_engines)
 
 
 def run(config: EngineConfig, runner: ModelRunner, lifeline: Lifeline) -> None:

@@ -166,12 +166,15 @@ class Served:
 
 
 @contextmanager
-def served(model: Path, *flags: str, module: str = "engine.serve") -> Iterator[Served]:
-    """A ready deployment of the model; ended, and its runtime directory removed, on leaving."""
+def served(model: Path, *flags: str, module: str = "engine.serve", num_threads: int | None = 1) -> Iterator[Served]:
+    """A ready deployment of the model; ended, and its runtime directory removed, on leaving. An engine computes with
+    `num_threads`; None: as many as it would by itself."""
     directory = Path(tempfile.mkdtemp(prefix="wb-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     command = [sys.executable, "-m", module, "--model", str(model), "--host", "127.0.0.1", "--port", "0"]
     command += ["--admin-port", "0", "--runtime-dir", str(directory / "run"), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = dict(os.environ)
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
     with (directory / "log").open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
     deployment = Served(process, directory)
