@@ -17,6 +17,7 @@ from engine.directory import DeploymentDirectory, DirectoryError
 from engine.flags import FlagError, parse
 from engine.supervisor import ListenError, Supervisor, listen
 from metrics.broadcast import BroadcastError
+from metrics.store import StoreError
 
 
 def main(
@@ -37,10 +38,10 @@ def main(
         directory = DeploymentDirectory.create(Path(config.runtime_directory))
         try:
             supervisor = Supervisor(config, directory, public)
-        except (ListenError, BroadcastError):
+        except (ListenError, BroadcastError, StoreError):
             directory.remove()
             raise
-    except (FlagError, ListenError, DirectoryError, BroadcastError) as error:
+    except (FlagError, ListenError, DirectoryError, BroadcastError, StoreError) as error:
         print(f"engine.serve: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

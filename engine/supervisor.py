@@ -23,11 +23,13 @@ from typing import Any, Final
 import zmq
 
 from engine import wire
+from engine.auditor import Auditor
 from engine.config import DeploymentConfig, EngineConfig, to_json
 from engine.directory import DeploymentDirectory
 from engine.supervision import Action, Exit, Key, Kill, Patience, Spawn, Supervision
 from metrics.broadcast import Publisher, deployment_endpoint
 from metrics.deployment import ENGINE, SUPERVISOR, TOPIC, Deployment, ProcessEntry, encode_deployment
+from metrics.layout import Shape
 from metrics.lifeline import make_lifeline, read_reports
 
 log = logging.getLogger("engine.supervisor")
@@ -67,11 +69,12 @@ class Supervisor:
     """One deployment's life. `run` returns the exit code."""
 
     def __init__(self, config: DeploymentConfig, directory: DeploymentDirectory, public: socket.socket) -> None:
-        """Raises ListenError when an admin port is taken."""
+        """Raises ListenError when an admin port is taken, StoreError when there is no room for its tally."""
         self._config = config
         self._directory = directory
         self._public = public
         self._admin = _listen_admin(config)
+        self._auditor = _make_auditor(config, directory)
         patience = Patience(
             freeze_timeout_s=config.freeze_timeout_s,
             stall_timeout_s=config.stats.stall_timeout_s,
@@ -100,6 +103,7 @@ class Supervisor:
                     key.data()
                 self._obey(self._machine.tick(time.monotonic()))
                 self._publish()
+                self._auditor.turn(self._machine.table(), time.monotonic())
         finally:
             signal.set_wakeup_fd(before)
             self._close()
@@ -283,11 +287,23 @@ class Supervisor:
             process.popen.wait()
             self._forget(process)
         self._selector.close()
+        self._auditor.close()
         self._publisher.close()
         self._context.destroy(linger=0)
         for listening in (self._public, *self._admin):
             listening.close()
         self._directory.remove()
+
+
+def _make_auditor(config: DeploymentConfig, directory: DeploymentDirectory) -> Auditor:
+    """Raises StoreError."""
+    shape = Shape(
+        num_engines=config.num_engines,
+        num_api_servers=config.num_api_servers,
+        max_model_len=1,  # not known yet, and nothing in the supervisor's own tally depends on it
+        bucket_overrides=config.stats.bucket_overrides,
+    )
+    return Auditor(str(directory.path), shape, log_stats=config.stats.log_stats)
 
 
 def _listen_admin(config: DeploymentConfig) -> list[socket.socket]:
