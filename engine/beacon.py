@@ -101,7 +101,10 @@ class Beacon:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="beacon", daemon=True)
+        """Raises BroadcastError. The sockets, made here, belong to the thread from then on."""
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._open(context)
+        self._thread = threading.Thread(target=self._run, args=(context,), name="beacon", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -110,13 +113,11 @@ class Beacon:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._open(context)
+    def _run(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         try:
             while not self._stopping.is_set():
                 self.turn()
-            self._publish()
+            self._guard("publish", self._publish)
         finally:
             context.destroy(linger=100)  # ms: the last snapshot's way out
 
@@ -176,6 +177,8 @@ class Beacon:
                 continue
             if isinstance(message, Heartbeat):
                 self._granter.on_heartbeat(message, self._clock())
+                if self._granter.grant is None:  # somebody may export: do not wait for the next commit to say so
+                    self._refresh_at = min(self._refresh_at, self._publish_at)
             else:
                 self._granter.on_resign(message, self._clock())
                 self._refresh_at = 0.0  # another may export: say so at once

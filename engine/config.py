@@ -93,7 +93,7 @@ class DeploymentConfig:
     cache: CacheConfig
     scheduler: SchedulerConfig
     stats: StatsConfig
-    engine_module: str = "engine.loop"
+    engine_module: str = "engine.process"
     api_server_module: str = "frontend.server"
 
 

@@ -6,6 +6,7 @@ free are left over from supervisors that are gone, and are removed.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -50,8 +51,7 @@ class DeploymentDirectory:
             _sweep(runtime)
             path = runtime / secrets.token_hex(4)
             path.mkdir(mode=0o700)
-            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = _lock(path)
         except OSError as error:
             if isinstance(error, DirectoryError):
                 raise
@@ -62,6 +62,15 @@ class DeploymentDirectory:
         """With all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+
+
+def _lock(path: Path) -> int:
+    """The lock gets its name when it is locked, so that nobody else's sweep finds it free."""
+    unnamed = path / "lock.new"
+    lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    unnamed.rename(path / "lock")
+    return lock
 
 
 def _check_private(runtime: Path) -> None:
@@ -76,8 +85,9 @@ def _sweep(runtime: Path) -> None:
         try:
             lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            if path.is_dir() and time.time() - path.stat().st_mtime > ABANDONED_S:
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody else sweeps, too
+                if path.is_dir() and time.time() - path.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(path, ignore_errors=True)
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

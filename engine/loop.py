@@ -1,40 +1,29 @@
-"""`python -m engine.loop --config-fd N`: one engine process, whose main thread is the loop.
+"""The loop of one engine, turn by turn. `engine.process` is the process around it.
 
     receive -> step (schedule, run, record) -> commit -> send
 
-Order everywhere (P4): count, commit, then hand over. The loop owns the ROUTER, the tally's file and the signal flag;
-the beacon (`engine.beacon`) broadcasts what was committed from a thread of its own.
+Order everywhere (P4): count, commit, then hand over. The loop owns the ROUTER and the tally's file; the beacon
+(`engine.beacon`) broadcasts what was committed from a thread of its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
-import signal
-import sys
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
-import setproctitle
 import zmq
 
 from engine import wire
-from engine.batch import Batch, Runner
-from engine.beacon import Beacon, FaultLog, Shared
-from engine.block_pool import BlockPool
-from engine.config import EngineConfig, engine_config_from_json
+from engine.beacon import FaultLog, Shared
+from engine.config import EngineConfig
 from engine.console import Console
 from engine.core import ApiServer, EngineCore
 from engine.record import Recorder
-from engine.scheduler import Scheduler
 from engine.wire import Abort, Goodbye, Hello, Outputs, Submit, WireError
-from metrics.deployment import ENGINE, Facts, Failed, Ready
-from metrics.layout import Layout, Shape, build_layout
-from metrics.lifeline import Lifeline
 from metrics.process import ProcessMetrics
-from metrics.store import StoreError, TallyStore, tally_path
+from metrics.store import TallyStore
 
 log = logging.getLogger("engine.loop")
 
@@ -43,24 +32,6 @@ SEND_HWM: Final = 20_000
 RECEIVE_HWM: Final = 10_000
 IDLE_WAIT_MS: Final = 100
 HOUSEKEEPING_S: Final = 1.0
-
-
-class ModelRunner(Runner, Protocol):
-    """A runner that says what its model and cache are."""
-
-    num_blocks: int
-    block_size: int
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-    cache_dtype: str
-
-
-RunnerFactory = Callable[[EngineConfig, Callable[[str], None]], ModelRunner]  # raises CannotServeError
-
-
-class CannotServeError(Exception):
-    """A model that cannot be served, today or tomorrow; one line for the operator."""
 
 
 class EngineLoop:
@@ -93,6 +64,7 @@ class EngineLoop:
         self._known: dict[bytes, ApiServer] = {}  # routing identities that have said Hello
         self._greeted: set[int] = set()  # API-server indices that have said Hello in this engine's life
         self._oldest = [0] * config.num_api_servers  # by index: earlier incarnations are known to have ended
+        self._given_up: set[bytes] = set()  # identities that took no more, and have not been told of it yet
         self._fault_log = faults
         self._housekeeping_at = 0.0
 
@@ -111,7 +83,7 @@ class EngineLoop:
             self._core.on_iteration = self._shared.iterations.append if self._shared.wants_iterations else None
             outputs = self._core.step()
             stepped = time.perf_counter()
-            self._commit()
+            self.commit()
             committed = time.perf_counter()
             self._send(outputs)
             self._recorder.stages(record_s=committed - stepped, send_s=time.perf_counter() - committed)
@@ -125,16 +97,19 @@ class EngineLoop:
             self._housekeeping_at = now + HOUSEKEEPING_S
             self._guard("process", self._process.update)
             self._guard("console", lambda: self._log_stats(now))
+            for identity in list(self._given_up):
+                self._say_goodbye(identity, "it took no more messages")
             has_news = True
         if has_news:
-            self._commit()
+            self.commit()
 
     def _log_stats(self, now: float) -> None:
         line = self._console.line(now)
         if line is not None:
             log.info(line)
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
+        """Make durable what was counted."""
         self._guard("commit", self._store.commit)
 
     def _guard(self, where: str, action: Callable[[], None]) -> None:
@@ -155,17 +130,18 @@ class EngineLoop:
             self._oldest[index] = max(self._oldest[index], incarnation + 1)
             self._drop((index, incarnation), "ended")
             has_news = True
-        while True:
+        for _ in range(RECEIVE_HWM):  # and no more, whatever comes meanwhile: running sequences wait
             try:
                 identity, *parts = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return has_news
+                break
             has_news = True
             try:
                 self._handle(identity, wire.decode_from_api_server(b"".join(parts)))
             except WireError as error:
                 self._store.tally.inc(self._rejected)
                 self._fault_log.log("wire_rejected", "from_api_server", error)
+        return has_news
 
     def _handle(self, identity: bytes, message: Hello | Submit | Abort) -> None:
         if isinstance(message, Hello):
@@ -195,18 +171,25 @@ class EngineLoop:
         reason = "server_lost" if hello.api_server in self._greeted else "engine_lost"
         num_lost = self._recorder.settle(hello.api_server, hello.received_tokens, reason)
         self._greeted.add(hello.api_server)
+        self._given_up.discard(identity)
         self._known[identity] = api_server
         log.info("event=hello api_server=%d incarnation=%d lost_tokens=%d", *api_server, num_lost)
 
     def _say_goodbye(self, identity: bytes, reason: str) -> None:
+        """To one that is there; with no room for it, it is said later: without it, whoever was given up would wait for
+        its tokens for ever."""
+        self._given_up.discard(identity)
         try:
             self._router.send_multipart([identity, wire.encode(Goodbye(self._config.incarnation, reason))], zmq.NOBLOCK)
+        except zmq.Again:
+            self._given_up.add(identity)
         except zmq.ZMQError:
             return  # it is gone as well
 
     def _drop(self, api_server: ApiServer, why: str) -> None:
         """Its requests are aborted, its connection is known no more."""
         identity = wire.identity(*api_server)
+        self._given_up.discard(identity)
         if self._known.pop(identity, None) is not None:
             self._core.drop_api_server(api_server)
             log.info("event=api_server_left api_server=%d incarnation=%d why=%s", *api_server, why)
@@ -220,75 +203,8 @@ class EngineLoop:
                 self._router.send_multipart([wire.identity(*api_server), wire.encode(message)], zmq.NOBLOCK)
             except zmq.ZMQError as error:
                 self._drop(api_server, f"lost errno={error.errno}")
-
-
-# --- the process ---
-
-
-def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelRunner:
-    """The model of the configuration; raises CannotServeError."""
-    # Here, not above: what runs another runner has no need of torch and its seconds of importing.
-    from engine.runner import TorchRunner
-    from engine.weights.spec import ModelError
-
-    facts = config.facts
-    try:
-        return TorchRunner.load(
-            config.model,
-            config.cache,
-            config.scheduler,
-            max_model_len_fixed=None if facts is None else facts.max_model_len,
-            num_blocks_fixed=None if facts is None else facts.num_gpu_blocks,
-            num_threads=_num_threads(config.num_engines),
-            progress=progress,
-        )
-    except ModelError as error:
-        raise CannotServeError(str(error)) from error
-
-
-def _num_threads(num_engines: int) -> int:
-    """What OMP_NUM_THREADS says, as everywhere; else this engine's even share of the cores."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    return int(chosen) if chosen.isdigit() and int(chosen) else max(1, len(os.sched_getaffinity(0)) // num_engines)
-
-
-def run(config: EngineConfig, runner: ModelRunner, lifeline: Lifeline) -> None:
-    """Serve until SIGTERM. Raises StoreError where the tally cannot be kept."""
-    stopping: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
-    layout = _layout(config, runner)
-    store = TallyStore.open(
-        tally_path(config.directory, ENGINE, config.index),
-        layout,
-        incarnation=config.incarnation,
-        now_unix=time.time(),
-        gauges_only=not config.stats.log_stats,
-    )
-    if store.set_aside is not None:
-        log.error("event=tally_set_aside reason=%r", store.set_aside)
-    recorder = Recorder(store.tally, layout, config.num_api_servers)
-    num_open = recorder.close_books()
-    store.tally.set(layout.cell("wholebatch:engine_incarnation"), config.incarnation)
-    store.commit()
-    if num_open:
-        log.warning("event=books_closed sequences_ended_by_error=%d", num_open)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    router = bind_router(context, wire.work_endpoint(config.directory, config.index, config.incarnation))
-    shared = Shared()
-    beacon = Beacon(config, layout, store, shared, lifeline)
-    faults = FaultLog(log)
-    loop = EngineLoop(config, make_core(config, runner, recorder, faults), recorder, store, router, shared, faults)
-    beacon.start()
-    lifeline.report(Ready(facts=_facts(config, runner)))
-    log.info("event=ready engine=%d incarnation=%d", config.index, config.incarnation)
-    try:
-        while not stopping:
-            loop.turn()
-    finally:
-        store.commit()
-        beacon.stop()
-        context.destroy(linger=1000)  # ms: for what API servers have not read yet
-        log.info("event=stopped engine=%d", config.index)
+                if isinstance(error, zmq.Again):
+                    self._given_up.add(wire.identity(*api_server))
 
 
 def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
@@ -302,78 +218,3 @@ def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.S
     router.set(zmq.LINGER, 1000)
     router.bind(endpoint)
     return router
-
-
-def _layout(config: EngineConfig, runner: ModelRunner) -> Layout:
-    shape = Shape(
-        num_engines=config.num_engines,
-        num_api_servers=config.num_api_servers,
-        max_model_len=runner.max_model_len,
-        bucket_overrides=config.stats.bucket_overrides,
-    )
-    return build_layout(ENGINE, shape)
-
-
-def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, faults: FaultLog) -> EngineCore:
-    """The engine without its sockets."""
-    pool = BlockPool(runner.num_blocks, runner.block_size, config.cache.enable_prefix_caching)
-    scheduler = Scheduler(
-        config.scheduler,
-        pool,
-        max_model_len=runner.max_model_len,
-        eos_token_ids=runner.eos_token_ids,
-        vocab_size=runner.vocab_size,
-    )
-    return EngineCore(
-        scheduler,
-        runner,
-        recorder,
-        time.monotonic,
-        incarnation=config.incarnation,
-        iteration_log=_log_iteration if config.stats.log_iteration_details else None,
-        on_fault=lambda fault: faults.log("bulkhead", "record", fault),
-    )
-
-
-def _log_iteration(batch: Batch) -> None:
-    """From the batch itself, before it runs: a witness that knows nothing of what is counted."""
-    scheduled = sum(part.num_tokens for part in batch.sequences)
-    log.info("event=iteration requests=%d scheduled_tokens=%d", len(batch.sequences), scheduled)
-
-
-def _facts(config: EngineConfig, runner: ModelRunner) -> Facts:
-    return Facts(
-        model_name=config.served_model_name,
-        max_model_len=runner.max_model_len,
-        vocab_size=runner.vocab_size,
-        block_size=runner.block_size,
-        num_gpu_blocks=runner.num_blocks,
-        cache_dtype=runner.cache_dtype,
-        enable_prefix_caching=config.cache.enable_prefix_caching,
-    )
-
-
-def main(arguments: list[str] | None = None, runner_factory: RunnerFactory = load_runner) -> int:
-    """Exit code 0 after SIGTERM, 1 after a failure that may pass, 2 where starting again would not help."""
-    parser = argparse.ArgumentParser(prog="python -m engine.loop", description=__doc__)
-    parser.add_argument("--config-fd", type=int, required=True, help="descriptor that the configuration is read from")
-    with os.fdopen(parser.parse_args(arguments).config_fd, encoding="utf-8") as file:
-        config = engine_config_from_json(file.read())
-    setproctitle.setproctitle(f"wholebatch engine {config.index}")
-    form = f"%(asctime)s level=%(levelname)s process=engine-{config.index} %(message)s"
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form)
-    lifeline = Lifeline(config.lifeline_fd)
-    try:
-        runner = runner_factory(config, lambda line: log.info("event=loading what=%r", line))
-        run(config, runner, lifeline)
-    except StoreError as error:
-        log.error("event=start_failed error=%r", str(error))  # to be tried again: a full disk may have room by then
-        return 1
-    except CannotServeError as error:
-        lifeline.report(Failed(message=str(error)))
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,7 +23,7 @@ from metrics.store import StoreError
 def main(
     arguments: list[str] | None = None,
     *,
-    engine_module: str = "engine.loop",
+    engine_module: str = "engine.process",
     api_server_module: str = "frontend.server",
 ) -> int:
     """The exit code: 0 after a signal, 1 when the deployment failed later, 2 for what cannot be served. The modules

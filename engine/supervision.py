@@ -213,6 +213,7 @@ class Supervision:
             for child in self._children.values():
                 child.alive_at = min(now, child.alive_at + gap)
                 child.progress_at = min(now, child.progress_at + gap)
+                child.kill_at = None if child.kill_at is None else child.kill_at + gap
 
     def _kill(self, child: _Child, why: str) -> list[Action]:
         if child.is_killed:

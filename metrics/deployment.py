@@ -19,6 +19,7 @@ STATES: Final = ("starting", "ready", "stopping", "ended")
 
 TABLE_VERSION: Final = 1
 TOPIC: Final = b"deployment"
+MAX_MESSAGE_CHARS: Final = 2000  # of a failure: a report must fit into one message of a lifeline
 
 
 class DeploymentError(ValueError):
@@ -157,7 +158,7 @@ def encode_report(report: Report) -> bytes:
         case Alive(progress=progress, is_busy=is_busy):
             body = ["alive", progress, is_busy]
         case Failed(message=message):
-            body = ["failed", message]
+            body = ["failed", message[:MAX_MESSAGE_CHARS]]
     packed: bytes = msgpack.packb([TABLE_VERSION, *body])
     return packed
 

@@ -1,14 +1,15 @@
 """The socket between the supervisor and one child: the child reports on it, and either end sees the other's end.
 
-A SEQPACKET pair: a message is a whole report or nothing. Nothing here waits: a report that the supervisor has no room
-for is dropped, and the next one says as much.
+A SEQPACKET pair: a message is a whole report or nothing. Nothing here waits: an `Alive` that the supervisor has no room
+for is dropped, as the next one says as much; other reports are kept, and go before the next.
 """
 
 from __future__ import annotations
 
 import socket
+import threading
 
-from metrics.deployment import DeploymentError, Report, decode_report, encode_report
+from metrics.deployment import Alive, DeploymentError, Report, decode_report, encode_report
 
 MAX_REPORT_BYTES = 65_536
 
@@ -19,21 +20,32 @@ def make_lifeline() -> tuple[socket.socket, socket.socket]:
 
 
 class Lifeline:
-    """A child's end, by inherited descriptor."""
+    """A child's end, by inherited descriptor. Any thread may report."""
 
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
         self._socket.setblocking(False)
+        self._kept: list[Report] = []
+        self._lock = threading.Lock()
 
     def fileno(self) -> int:
         """Readable when the supervisor has ended."""
         return self._socket.fileno()
 
     def report(self, report: Report) -> bool:
-        """False when it was dropped: the supervisor does not read, or is gone."""
+        """False when it did not get through: the supervisor does not read, or is gone."""
+        with self._lock:
+            waiting, self._kept = [*self._kept, report], []
+            for position, one in enumerate(waiting):
+                if not self._send(one):
+                    self._kept = [r for r in waiting[position:] if not isinstance(r, Alive)]
+                    return False
+        return True
+
+    def _send(self, report: Report) -> bool:
         try:
             self._socket.send(encode_report(report))
-        except (BlockingIOError, BrokenPipeError, ConnectionError):
+        except (BlockingIOError, ConnectionError):
             return False
         return True
 

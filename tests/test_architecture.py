@@ -62,7 +62,7 @@ def forbidden(module: str) -> tuple[str, ...]:
         return ("torch", "triton", *ours)
     if is_in(module, DEVICE_CODE):
         return ("frontend", "metrics", "zmq", "engine.wire", "aiohttp", "prometheus_client")
-    if module in ("engine.loop", "engine.beacon", "engine.supervisor"):
+    if module in ("engine.loop", "engine.process", "engine.beacon", "engine.supervisor"):
         return ("frontend", "aiohttp", "prometheus_client", "torch", "triton")
     return ("frontend", "aiohttp", "prometheus_client", "torch", "triton", "zmq", *DEVICE_CODE)
 

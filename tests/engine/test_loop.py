@@ -17,7 +17,8 @@ import zmq
 from engine import wire
 from engine.beacon import FaultLog, Shared
 from engine.config import to_json
-from engine.loop import CannotServeError, EngineLoop, bind_router, load_runner, main, make_core
+from engine.loop import EngineLoop, bind_router
+from engine.process import CannotServeError, load_runner, main, make_core
 from engine.record import Recorder
 from engine.wire import Abort, Goodbye, Hello, Outputs, SamplingParams, Submit
 from metrics.deployment import ENGINE, Facts, Failed, Ready, decode_report
@@ -301,7 +302,7 @@ def test_the_process_reports_ready_with_its_facts_and_ends_on_sigterm(directory:
     config = tmp_path / "config"
     config.write_text(to_json(make_config(directory, lifeline_fd=theirs.fileno())))
     program = (
-        "import os, sys; from engine.loop import main; from tests.engine.engine_processes import SizedRunner;"
+        "import os, sys; from engine.process import main; from tests.engine.engine_processes import SizedRunner;"
         f" sys.exit(main(['--config-fd', str(os.open({str(config)!r}, os.O_RDONLY))], lambda *_: SizedRunner()))"
     )
     root = Path(__file__).parent.parent.parent
