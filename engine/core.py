@@ -19,7 +19,7 @@ from engine.batch import Batch, IterationCounts, Runner
 from engine.record import Recorder
 from engine.request import RequestState
 from engine.scheduler import Scheduler, Step
-from engine.wire import Finish, Output, Outputs, Submit
+from engine.wire import Finish, Output, Outputs, Start, Submit
 
 ApiServer = tuple[int, int]  # (index, incarnation)
 
@@ -163,7 +163,10 @@ class EngineCore:
                 del self._by_request[request.api_server][request.request_id]
                 self._recorder.finished(request.finish_reason)
             rows = None if logprobs is None else [logprobs]
-            output = Output(request.request_id, request.num_output_tokens - 1, [token_id], rows, finish)
+            start = None
+            if request.num_preemptions != request.num_preemptions_told:
+                start = _start(request)
+            output = Output(request.request_id, request.num_output_tokens - 1, [token_id], rows, finish, start)
             server = request.api_server
             if server in outputs:
                 outputs[server].append(output)
@@ -206,10 +209,10 @@ def _finish(request: RequestState) -> Finish:
         reason=request.finish_reason,
         stop_token_id=request.stop_token_id,
         message=request.message,
-        arrived_at=request.arrived_at,
-        scheduled_at=request.scheduled_at,
-        first_token_at=request.first_token_at,
-        last_token_at=request.last_token_at,
-        num_cached_tokens=request.num_cached_tokens,
-        num_preemptions=request.num_preemptions,
     )
+
+
+def _start(request: RequestState) -> Start:
+    """The sequence's life so far, for its API server, which is told once and again after every preemption."""
+    request.num_preemptions_told = request.num_preemptions
+    return Start(request.arrived_at, request.scheduled_at, request.num_cached_tokens, request.num_preemptions)

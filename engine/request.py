@@ -1,6 +1,7 @@
 """One sequence on its way through the engine. Pure.
 
-State only; `engine.scheduler` alone changes it. Positions count from 0 over prompt and output together:
+State only; `engine.scheduler` alone changes it, but for what `engine.core` has told of it. Positions count from 0 over
+prompt and output together:
 
     0 ... num_computed_tokens ... len(token_ids) - 1
     in the KV cache | to be computed, the newest token last
@@ -31,6 +32,7 @@ class RequestState:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
+        "num_preemptions_told",
         "num_prompt_tokens",
         "order",
         "priority",
@@ -69,6 +71,7 @@ class RequestState:
         self.high_water = 0
         self.num_cached_tokens = 0  # found in the prefix cache at the first admission
         self.num_preemptions = 0
+        self.num_preemptions_told = -1  # with its `Start`; -1: none was sent yet
         self.arrived_at = arrived_at
         self.scheduled_at = 0.0  # the first time
         self.first_token_at = 0.0

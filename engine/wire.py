@@ -29,6 +29,7 @@ __all__ = [
     "Output",
     "Outputs",
     "SamplingParams",
+    "Start",
     "Submit",
     "TokenLogprobs",
     "WireError",
@@ -82,30 +83,36 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """A sequence's life up to its first token, sent with that token, and again with the first token after each
+    preemption: so whoever ends a request early, at a stop string, knows as much of it as the engine."""
+
+    arrived_at: float
+    scheduled_at: float  # the first time
+    num_cached_tokens: int  # of the prompt, found in the prefix cache at the first admission
+    num_preemptions: int  # so far
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
-    """How a sequence ended, and its life as the engine saw it. A `scheduled_at` or `first_token_at` of 0 means
-    that it never got so far; `message` is set with reason `error` only."""
+    """How a sequence ended; `message` is set with reason `error` only."""
 
     reason: str  # one of FINISH_REASONS
     stop_token_id: int | None
     message: str | None
-    arrived_at: float
-    scheduled_at: float
-    first_token_at: float
-    last_token_at: float
-    num_cached_tokens: int
-    num_preemptions: int
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """New tokens of one sequence; `first_index` counts generated tokens from 0, so that a gap is seen."""
+    """New tokens of one sequence; `first_index` counts generated tokens from 0, so that a gap is seen. The first
+    token never comes without the sequence's `start`."""
 
     request_id: int
     first_index: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish: Finish | None
+    start: Start | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,27 +161,22 @@ def _pack_sampling(p: SamplingParams) -> list[Any]:
 
 
 def _pack_finish(f: Finish | None) -> list[Any] | None:
-    if f is None:
-        return None
-    return [
-        f.reason,
-        f.stop_token_id,
-        f.message,
-        f.arrived_at,
-        f.scheduled_at,
-        f.first_token_at,
-        f.last_token_at,
-        f.num_cached_tokens,
-        f.num_preemptions,
-    ]
+    return None if f is None else [f.reason, f.stop_token_id, f.message]
+
+
+def _pack_start(s: Start | None) -> list[Any] | None:
+    return None if s is None else [s.arrived_at, s.scheduled_at, s.num_cached_tokens, s.num_preemptions]
+
+
+def _pack_output(o: Output) -> list[Any]:
+    return [o.request_id, o.first_index, o.token_ids, o.logprobs, _pack_finish(o.finish), _pack_start(o.start)]
 
 
 def encode(message: Hello | Submit | Abort | Outputs | Goodbye) -> bytes:
     """One message as bytes."""
     match message:
         case Outputs(incarnation, at, outputs):
-            rows = [[o.request_id, o.first_index, o.token_ids, o.logprobs, _pack_finish(o.finish)] for o in outputs]
-            body: list[Any] = ["outputs", incarnation, at, rows]
+            body: list[Any] = ["outputs", incarnation, at, [_pack_output(output) for output in outputs]]
         case Submit(request_id, incarnation, prompt, sampling, priority):
             body = ["submit", request_id, incarnation, prompt, _pack_sampling(sampling), priority]
         case Abort(request_ids):
@@ -290,33 +292,40 @@ def _logprobs(value: Any) -> TokenLogprobs:
 
 
 def _finish(value: Any) -> Finish:
-    reason, stop, message, arrived, scheduled, first, last, cached, preempted = _row(value, 9, "finish")
+    reason, stop, message = _row(value, 3, "finish")
     if reason not in FINISH_REASONS:
         raise _fail("finish reason is unknown", reason)
     return Finish(
         reason=reason,
         stop_token_id=None if stop is None else _count(stop, "stop_token_id"),
         message=None if message is None else _text(message, "message"),
-        arrived_at=_float(arrived, "arrived_at"),
-        scheduled_at=_float(scheduled, "scheduled_at"),
-        first_token_at=_float(first, "first_token_at"),
-        last_token_at=_float(last, "last_token_at"),
-        num_cached_tokens=_count(cached, "num_cached_tokens"),
-        num_preemptions=_count(preempted, "num_preemptions"),
+    )
+
+
+def _start(value: Any) -> Start:
+    arrived, scheduled, cached, preempted = _row(value, 4, "start")
+    return Start(
+        _float(arrived, "arrived_at"),
+        _float(scheduled, "scheduled_at"),
+        _count(cached, "num_cached_tokens"),
+        _count(preempted, "num_preemptions"),
     )
 
 
 def _output(value: Any) -> Output:
-    request_id, first_index, token_ids, logprobs, finish = _row(value, 5, "output")
+    request_id, first_index, token_ids, logprobs, finish, start = _row(value, 6, "output")
     rows = None if logprobs is None else [_logprobs(row) for row in _rows(logprobs, "logprobs")]
     if rows is not None and len(rows) != len(_rows(token_ids, "token_ids")):
         raise _fail("logprobs and token_ids differ in length", len(rows))
+    if start is None and token_ids and first_index == 0:
+        raise _fail("first token without the sequence's start, request_id", request_id)
     return Output(
         _count(request_id, "request_id"),
         _count(first_index, "first_index"),
         _counts(token_ids, "token_ids"),
         rows,
         None if finish is None else _finish(finish),
+        None if start is None else _start(start),
     )
 
 

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.wire import Finish, TokenLogprobs
+from engine.wire import Finish, Start, TokenLogprobs
 from frontend.detokenizer import SequenceText
 from frontend.errors import GenerationFailed
 
@@ -25,6 +25,7 @@ class Delta(Protocol):
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish: Finish | None
+    start: Start | None
 
 
 class Generation(Protocol):
@@ -82,10 +83,12 @@ class _Choice:
         self._text = text
         self._shows_stop_token = shows_stop_token
         self.is_finished = False
-        self.num_cached_tokens: int | None = None  # known from the engine's last word
+        self.num_cached_tokens: int | None = None  # known with the first token
 
     def take(self, delta: Delta) -> int:
         """Add the tokens; returns how many came after a stop string and belong to no answer."""
+        if delta.start is not None:
+            self.num_cached_tokens = delta.start.num_cached_tokens
         hidden = self._num_hidden(delta)
         shown = []
         for position, token_id in enumerate(delta.token_ids):
@@ -113,7 +116,6 @@ class _Choice:
         if finish is not None:
             self._piece.text += self._text.finish()
             self._piece.finish_reason = finish.reason
-            self.num_cached_tokens = finish.num_cached_tokens
         if self._text.has_stopped:
             self._piece.finish_reason = "stop"
         self.is_finished = self._piece.finish_reason is not None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.wire import Finish, Output, TokenLogprobs
+from engine.wire import Finish, Output, Start, TokenLogprobs
 from frontend.errors import EngineLost
 from frontend.group_commit import GroupCommit
 from frontend.request_record import OBSERVED_REASONS, REASON_ORDER, EngineRecord, EngineTimes, FinishedRequest
@@ -23,12 +23,14 @@ from frontend.request_record import OBSERVED_REASONS, REASON_ORDER, EngineRecord
 
 @dataclass(slots=True)
 class Delta:
-    """What has newly arrived of one of the n sequences. With `finish` it is the sequence's last."""
+    """What has newly arrived of one of the n sequences. With `finish` it is the sequence's last; `start` comes with
+    the first token, and again after a preemption."""
 
     index: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish: Finish | None
+    start: Start | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ class SequenceState:
     num_tokens: int = 0
     first_at: float = 0.0
     last_at: float = 0.0
-    finish: Finish | None = None
+    start: Start | None = None  # the newest one told
     reason: str | None = None  # None: still open
 
 
@@ -104,10 +106,11 @@ class Generation:
             return
         if num_tokens:
             self._observe_tokens(sequence, num_tokens, at)
+        if output.start is not None:
+            sequence.start = output.start
         if output.finish is not None:
-            sequence.finish = output.finish
             self._end(sequence, output.finish.reason)
-        self._pending.append(Delta(sequence.index, output.token_ids, output.logprobs, output.finish))
+        self._pending.append(Delta(sequence.index, output.token_ids, output.logprobs, output.finish, output.start))
         self._wake()
 
     def fail(self, error: EngineLost) -> None:
@@ -225,29 +228,30 @@ class Generation:
 
     def _summary(self, reason: str) -> FinishedRequest:
         sequences = self.sequences
-        finishes = [sequence.finish for sequence in sequences if sequence.finish is not None]
         longest = max(sequences, key=lambda sequence: sequence.num_tokens)
+        starts = [sequence.start for sequence in sequences if sequence.start is not None]
         started = [sequence for sequence in sequences if sequence.num_tokens]
         first_at = min((sequence.first_at for sequence in started), default=0.0)
+        last_at = max((sequence.last_at for sequence in started), default=0.0)
         return FinishedRequest(
             reason=reason,
             num_prompt_tokens=self._asked.num_prompt_tokens,
-            num_cached_tokens=min((finish.num_cached_tokens for finish in finishes), default=0),
+            num_cached_tokens=min((start.num_cached_tokens for start in starts), default=0),
             num_tokens=[sequence.num_tokens for sequence in sequences],
             max_tokens=self._asked.max_tokens,
-            num_preemptions=sum(finish.num_preemptions for finish in finishes),
+            num_preemptions=sum(start.num_preemptions for start in starts),
             e2e_s=self._clock() - self._asked.arrived_at,
-            decode_s=max((sequence.last_at for sequence in started), default=0.0) - first_at,
+            decode_s=last_at - first_at,
             longest_decode_s=longest.last_at - longest.first_at,
-            engine=_engine_times(finishes) if len(finishes) == len(sequences) else None,
+            engine=_engine_times(starts, first_at, last_at) if starts else None,
         )
 
 
-def _engine_times(finishes: Sequence[Finish]) -> EngineTimes:
+def _engine_times(starts: Sequence[Start], first_at: float, last_at: float) -> EngineTimes:
     """Of n sequences: from the first one's arrival, scheduling and token to the last one's last token."""
-    scheduled_at = min(finish.scheduled_at for finish in finishes)
+    scheduled_at = min(start.scheduled_at for start in starts)
     return EngineTimes(
-        queue_s=scheduled_at - min(finish.arrived_at for finish in finishes),
-        prefill_s=min(finish.first_token_at for finish in finishes) - scheduled_at,
-        inference_s=max(finish.last_token_at for finish in finishes) - scheduled_at,
+        queue_s=scheduled_at - min(start.arrived_at for start in starts),
+        prefill_s=first_at - scheduled_at,
+        inference_s=last_at - scheduled_at,
     )

@@ -48,7 +48,7 @@ class FinishedRequest:
     e2e_s: float
     decode_s: float  # first token to last
     longest_decode_s: float  # of the sequence with most tokens
-    engine: EngineTimes | None  # None: the engine has not told, since the API server ended the request itself
+    engine: EngineTimes | None  # None: it never had a token
 
 
 class EngineRecord:

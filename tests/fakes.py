@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from engine.batch import Batch, SampledToken, ScheduledSequence
-from engine.wire import Finish, SamplingParams, TokenLogprobs
+from engine.wire import Finish, SamplingParams, Start, TokenLogprobs
 
 T = TypeVar("T")
 
@@ -133,11 +133,17 @@ class FakeDelta:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish: Finish | None = None
+    start: Start | None = None
 
 
-def fake_finish(reason: str, *, message: str | None = None, num_cached_tokens: int = 0) -> Finish:
-    """An engine's last word on a sequence, times left out."""
-    return Finish(reason, None, message, 0.0, 0.0, 0.0, 0.0, num_cached_tokens, 0)
+def fake_start(*, num_cached_tokens: int = 0) -> Start:
+    """An engine's first word on a sequence, times left out."""
+    return Start(0.0, 0.0, num_cached_tokens, 0)
+
+
+def fake_finish(reason: str, *, message: str | None = None) -> Finish:
+    """An engine's last word on a sequence."""
+    return Finish(reason, None, message)
 
 
 class FakeGeneration:

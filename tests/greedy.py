@@ -139,9 +139,10 @@ class Engine:
             for outputs in self._core.step().values():
                 for output in outputs.outputs:
                     tokens[output.request_id - first] += output.token_ids
+                    if output.start is not None:
+                        self.num_preemptions += output.start.num_preemptions > 0
                     if output.finish is not None:
                         assert output.finish.reason in ("length", "stop"), output.finish
-                        self.num_preemptions += output.finish.num_preemptions
         return tokens
 
 

@@ -96,10 +96,10 @@ def test_the_books_balance_in_every_iteration_whatever_happens(setup, work, drop
 @costly
 def test_a_request_that_is_never_preempted_costs_its_prompt_and_its_output(setup, work):
     engine = run(with_scheduler(setup, max_num_seqs=1), work)
-    for finish in engine.finishes.values():
-        assert finish.num_preemptions == 0
+    for start in engine.starts.values():
+        assert start.num_preemptions == 0
     prompts = sum(len(job.prompt) for job in work)
-    cached = sum(finish.num_cached_tokens for finish in engine.finishes.values())
+    cached = sum(start.num_cached_tokens for start in engine.starts.values())
     generated = sum(len(tokens) for tokens in engine.tokens.values())
     assert engine.histogram("vllm:iteration_tokens_total")[1] == prompts - cached + generated
     assert engine.histogram("wholebatch:iteration_scheduled_tokens")[1] == prompts - cached + generated - len(work)
@@ -132,7 +132,7 @@ def test_a_preempted_request_gives_the_same_tokens(setup, work):
             assert len(tokens) == min(job.max_tokens, MAX_MODEL_LEN - len(job.prompt))
         else:
             assert finish.reason == "stop"
-    cached = sum(finish.num_cached_tokens for finish in engine.finishes.values())
+    cached = sum(start.num_cached_tokens for start in engine.starts.values())
     assert engine.value("vllm:prefix_cache_hits_total") == cached, "counted at the first admission, never on resume"
     assert engine.value("vllm:prompt_tokens_cached_total") == cached
 
@@ -145,7 +145,7 @@ def crowd(num_blocks: int) -> tuple[Setup, list[Job]]:
 
 def test_preemption_does_happen_and_recomputed_tokens_are_told_apart():
     engine = run(*crowd(num_blocks=12))
-    preemptions = sum(finish.num_preemptions for finish in engine.finishes.values())
+    preemptions = sum(start.num_preemptions for start in engine.starts.values())
     assert preemptions > 0
     assert engine.value("vllm:num_preemptions_total") == preemptions
     assert engine.value("wholebatch:prompt_tokens_computed_total") == 4 * 8

@@ -9,7 +9,7 @@ import pytest
 
 from engine.batch import SampledToken, TokenLogprobs
 from engine.config import SchedulerConfig
-from engine.wire import Output, Outputs, SamplingParams, Submit, decode_from_engine, encode
+from engine.wire import Finish, Output, Outputs, SamplingParams, Start, Submit, decode_from_engine, encode
 from tests.engine.workload import MAX_MODEL_LEN, VOCAB_SIZE, Engine, Job, Setup
 from tests.fakes import fake_output
 
@@ -49,14 +49,36 @@ def test_outputs_carry_the_incarnation_the_instant_and_the_index_of_their_token(
     assert engine.step() == {}
 
 
-def test_the_finish_tells_the_life_of_the_sequence(engine):
+def test_the_first_token_comes_with_the_life_of_the_sequence_so_far_and_the_last_with_its_end(engine):
     engine.core.submit((0, 1), SUBMIT, engine.clock())
     arrived = engine.clock()
+    outputs = []
     for _ in range(4):
-        engine.step()
-    finish = engine.finishes[(0, 1), 1]
-    assert (finish.reason, finish.message, finish.num_preemptions) == ("length", None, 0)
-    assert finish.arrived_at == arrived < finish.scheduled_at <= finish.first_token_at < finish.last_token_at
+        sent = engine.step()
+        outputs.append(only(sent, (0, 1)))
+        if len(outputs) == 1:
+            first_token_at = sent[0, 1].at
+    start = outputs[0].start
+    assert start == Start(arrived, start.scheduled_at, 0, 0)
+    assert arrived < start.scheduled_at <= first_token_at
+    assert [output.start for output in outputs[1:]] == [None] * 3
+    assert [output.finish for output in outputs] == [None] * 3 + [Finish("length", None, None)]
+
+
+def test_the_first_token_after_each_preemption_tells_of_it():
+    engine = Engine(Setup(block_size=1, num_blocks=MAX_MODEL_LEN, enable_prefix_caching=False))
+    told: list[tuple[int, int, int]] = []  # (request id, index of the token, preemptions)
+    sampling = SamplingParams(max_tokens=24, ignore_eos=True)
+    for request_id in range(3):
+        submit = Submit(request_id, 1, list(range(8)), sampling)
+        engine.core.submit((0, 1), submit, engine.clock())
+    while engine.core.has_work:
+        for outputs in engine.step().values():
+            told += [(o.request_id, o.first_index, o.start.num_preemptions) for o in outputs.outputs if o.start]
+    assert {(request_id, 0) for request_id in range(3)} == {(r, n) for r, index, n in told if index == 0}
+    by_request = [[n for r, _, n in told if r == request_id] for request_id in range(3)]
+    assert all(numbers == sorted(set(numbers)) for numbers in by_request), "told once each"
+    assert sum(numbers[-1] for numbers in by_request) == engine.value("vllm:num_preemptions_total") > 0
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def test_a_prefix_is_found_but_its_last_token_is_always_computed():
     work = [Job(prompt=tuple(range(8)), max_tokens=1), Job(prompt=tuple(range(8)), max_tokens=1, arrives=2)]
     engine = run(Setup(), work)
     assert engine.runner.batches == [[(0, 0, 8)], [(1, 4, 4)]]
-    assert engine.finishes[(0, 1), 1].num_cached_tokens == 4
+    assert engine.starts[(0, 1), 1].num_cached_tokens == 4
     assert engine.value("vllm:prefix_cache_queries_total") == 16
     assert engine.value("vllm:prefix_cache_hits_total") == 4
     assert engine.value("vllm:prompt_tokens_total") == 16
@@ -286,7 +286,7 @@ def test_blocks_filled_by_decoding_are_found_too():
     first = run(Setup(), [Job(prompt=tuple(range(6)), max_tokens=7, ignore_eos=True)])
     conversation = tuple(range(6)) + tuple(first.output(0))
     first.run([Job(prompt=(*conversation, 1, 2), api_server=1, max_tokens=1)])
-    assert first.finishes[(1, 1), 0].num_cached_tokens == 12, "of 13 known tokens all but the newest are computed"
+    assert first.starts[(1, 1), 0].num_cached_tokens == 12, "of 13 known tokens all but the newest are computed"
 
 
 def test_two_requests_with_the_same_prompt_in_one_iteration_share_nothing_yet_and_agree():

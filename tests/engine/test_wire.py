@@ -21,6 +21,7 @@ from engine.wire import (
     Output,
     Outputs,
     SamplingParams,
+    Start,
     Submit,
     TokenLogprobs,
     WireError,
@@ -69,13 +70,8 @@ finishes = st.builds(
     reason=st.sampled_from(FINISH_REASONS),
     stop_token_id=st.none() | counts,
     message=st.none() | st.text(max_size=20),
-    arrived_at=instants,
-    scheduled_at=instants,
-    first_token_at=instants,
-    last_token_at=instants,
-    num_cached_tokens=counts,
-    num_preemptions=counts,
 )
+starts = st.builds(Start, instants, instants, counts, counts)
 logprobs = st.builds(TokenLogprobs, finite, counts, st.lists(st.tuples(counts, finite), max_size=3).map(tuple))
 
 
@@ -83,7 +79,9 @@ logprobs = st.builds(TokenLogprobs, finite, counts, st.lists(st.tuples(counts, f
 def outputs(draw: st.DrawFn) -> Output:
     tokens = draw(token_lists)
     rows = draw(st.none() | st.lists(logprobs, min_size=len(tokens), max_size=len(tokens)))
-    return Output(draw(counts), draw(counts), tokens, rows, draw(st.none() | finishes))
+    first_index = draw(counts)
+    start = draw(starts if tokens and first_index == 0 else st.none() | starts)
+    return Output(draw(counts), first_index, tokens, rows, draw(st.none() | finishes), start)
 
 
 from_engine = st.one_of(
@@ -196,9 +194,14 @@ def test_not_a_number_is_no_instant():
 
 
 def test_as_many_logprobs_as_tokens():
-    raw = encode(Outputs(1, 1.0, [Output(1, 0, [5, 6], [TokenLogprobs(-1.0, 1, ())], None)]))
+    raw = encode(Outputs(1, 1.0, [Output(1, 3, [5, 6], [TokenLogprobs(-1.0, 1, ())], None)]))
     with pytest.raises(WireError, match="differ in length"):
         decode_from_engine(raw)
+
+
+def test_a_first_token_without_the_start_of_its_sequence_is_refused():
+    with pytest.raises(WireError, match="first token without the sequence's start, request_id: 17"):
+        decode_from_engine(encode(Outputs(1, 1.0, [Output(17, 0, [5], None, None)])))
 
 
 def test_a_message_longer_than_the_limit_is_not_even_unpacked():

@@ -14,7 +14,7 @@ from engine.config import SchedulerConfig
 from engine.core import ApiServer, EngineCore
 from engine.record import Recorder
 from engine.scheduler import Scheduler
-from engine.wire import Finish, Outputs, SamplingParams, Submit
+from engine.wire import Finish, Outputs, SamplingParams, Start, Submit
 from metrics.deployment import ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
@@ -130,6 +130,7 @@ class Engine:
             on_fault=self.faults.append,
         )
         self.tokens: dict[tuple[ApiServer, int], list[int]] = {}
+        self.starts: dict[tuple[ApiServer, int], Start] = {}  # the newest one sent
         self.finishes: dict[tuple[ApiServer, int], Finish] = {}
 
     def _log(self, batch: Batch) -> None:
@@ -151,6 +152,8 @@ class Engine:
                 assert key not in self.finishes, f"an output after its last: {key}"
                 assert output.first_index == len(tokens), f"a gap: {key}"
                 tokens += output.token_ids
+                if output.start is not None:
+                    self.starts[key] = output.start
                 if output.finish is not None:
                     self.finishes[key] = output.finish
         return sent

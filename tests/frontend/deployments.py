@@ -18,7 +18,7 @@ from aiohttp.test_utils import TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import wire
-from engine.wire import Finish, Output, Outputs, Submit
+from engine.wire import Finish, Output, Outputs, Start, Submit
 from frontend.app import State, admin_app, public_app
 from frontend.config import ServerConfig, server_config_from_json
 from frontend.deployment_view import DeploymentView
@@ -105,23 +105,20 @@ class FakeEngine:
         self._context.destroy(linger=0)
 
 
-def finish(reason: str = "length", **changes: Any) -> Finish:
-    fields: dict[str, Any] = {
-        "reason": reason,
-        "stop_token_id": None,
-        "message": None,
-        "arrived_at": 1.0,
-        "scheduled_at": 1.5,
-        "first_token_at": 2.0,
-        "last_token_at": 4.0,
-        "num_cached_tokens": 1,
-        "num_preemptions": 0,
-    }
-    return Finish(**(fields | changes))
+def finish(reason: str = "length") -> Finish:
+    return Finish(reason, None, None)
 
 
-def output(submit: Submit, first_index: int, tokens: list[int], end: Finish | None = None) -> Output:
-    return Output(submit.request_id, first_index, tokens, None, end)
+START = Start(arrived_at=1.0, scheduled_at=1.5, num_cached_tokens=1, num_preemptions=0)
+
+
+def output(
+    submit: Submit, first_index: int, tokens: list[int], end: Finish | None = None, start: Start | None = None
+) -> Output:
+    """With START where the first token is among the tokens."""
+    if first_index == 0 and tokens and start is None:
+        start = START
+    return Output(submit.request_id, first_index, tokens, None, end, start)
 
 
 class FakeBeacon:

@@ -17,7 +17,7 @@ from frontend.detokenizer import SequenceText, StopStrings
 from frontend.errors import ApiError, EngineLost, GenerationFailed
 from frontend.generation import Asked, Generation
 from frontend.group_commit import GroupCommit
-from tests.fakes import fake_finish
+from tests.fakes import fake_finish, fake_start
 from tests.frontend.small_tokenizers import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
@@ -83,7 +83,8 @@ class Run:
             return
         self.num_received += len(tokens)
         finish = None if reason is None else fake_finish(reason, message="no room")
-        self.generation.on_output(sequence, Output(index, sequence.num_tokens, tokens, None, finish), 1.0)
+        start = fake_start() if sequence.num_tokens == 0 else None
+        self.generation.on_output(sequence, Output(index, sequence.num_tokens, tokens, None, finish, start), 1.0)
 
     async def read(self, leaves_after: int | None = None) -> None:
         """A client that reads to the end, or leaves after so many pieces."""

@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from frontend.request_record import RequestRecord
 from metrics.deployment import API_SERVER, ENGINE, Deployment, ProcessEntry
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
-from tests.frontend.deployments import FakeEngine, finish, output, until
+from tests.frontend.deployments import START, FakeEngine, finish, output, until
 
 LAYOUT = build_layout(API_SERVER, Shape(num_engines=1, num_api_servers=1, max_model_len=2048))
 SAMPLING = SamplingParams(max_tokens=8)
@@ -80,6 +81,12 @@ class Bench:
 
     def success(self, reason: str) -> float:
         return self.count("vllm:request_success_total", finished_reason=reason)
+
+    def observed(self, name: str) -> tuple[float, float]:
+        """(count, sum)"""
+        histogram = LAYOUT.histogram(f"vllm:{name}", engine="0")
+        cells = self.tally.cells[histogram.offset : histogram.offset + len(histogram.bounds) + 2]
+        return sum(cells[:-1]), cells[-1]
 
     def in_flight(self) -> float:
         return self.count("wholebatch:api_server_requests_in_flight")
@@ -148,9 +155,7 @@ async def test_a_whole_answer_is_received_counted_and_observed_once(bench: Bench
             "request_time_per_output_token_seconds": (1, 1.0),
             "request_prefill_kv_computed_tokens": (1, 2),
         }.items():
-            histogram = LAYOUT.histogram(f"vllm:{name}", engine="0")
-            cells = bench.tally.cells[histogram.offset : histogram.offset + len(histogram.bounds) + 2]
-            assert (sum(cells[:-1]), cells[-1]) == (count, total), name
+            assert bench.observed(name) == (count, total), name
 
 
 async def test_what_arrives_is_committed_as_received_before_a_request_sees_it(bench: Bench):
@@ -210,6 +215,30 @@ async def test_tokens_past_a_stop_string_are_settled_as_such_and_the_request_cou
         generation.close()
         await until(lambda: bench.tokens() == {"received": 5, "delivered": 2, "stop": 3})
         assert (bench.ended("stop"), bench.success("stop")) == (1, 1)
+
+
+async def test_a_request_that_ends_at_a_stop_string_is_observed_like_any_other(bench: Bench):
+    async with bench.engine() as engine:
+        generation = await bench.submit()
+        (submit,) = await engine.receive_submits(1)
+        await engine.send(output(submit, 0, [1]), at=2.0)
+        await engine.send(output(submit, 1, [2], start=replace(START, num_preemptions=2)), at=5.0)
+        await until(lambda: bench.tokens().get("received") == 2)
+        await anext(generation)
+        generation.stop(0)
+        generation.delivered(2)
+        generation.finish()
+        generation.close()
+        assert bench.success("stop") == 1
+        for name, total in {
+            "request_queue_time_seconds": 0.5,
+            "request_prefill_time_seconds": 0.5,
+            "request_decode_time_seconds": 3.0,
+            "request_inference_time_seconds": 3.5,
+            "request_prefill_kv_computed_tokens": 2,
+            "request_num_preemptions": 2,
+        }.items():
+            assert bench.observed(name) == (1, total), name
 
 
 async def test_a_hole_in_the_answer_ends_it_with_an_error_after_what_came_before(bench: Bench):

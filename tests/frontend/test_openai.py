@@ -20,7 +20,7 @@ from frontend.answer import Answer, Piece
 from frontend.detokenizer import SequenceText, StopStrings
 from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests, error_middleware
 from frontend.openai import OpenAIService, add_routes
-from tests.fakes import FakeClients, FakeDelta, FakeGeneration, fake_finish
+from tests.fakes import FakeClients, FakeDelta, FakeGeneration, fake_finish, fake_start
 from tests.frontend.small_tokenizers import END, START, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
@@ -32,7 +32,8 @@ STOP, LENGTH = fake_finish("stop"), fake_finish("length")
 def says(text: str, *, reason: str = "length", index: int = 0, cached: int = 0) -> Script:
     """A token a wake-up, each a byte; the last with the finish."""
     deltas = [FakeDelta(index, [byte]) for byte in text.encode()]
-    deltas[-1].finish = fake_finish(reason, num_cached_tokens=cached)
+    deltas[0].start = fake_start(num_cached_tokens=cached)
+    deltas[-1].finish = fake_finish(reason)
     return [[delta] for delta in deltas]
 
 
@@ -266,11 +267,12 @@ async def test_what_arrives_together_is_written_together(monkeypatch: pytest.Mon
 async def test_a_stop_string_ends_the_answer_and_the_engines_work(batch: int):
     tokens = list(b"one END two")
     script: Script = [[FakeDelta(0, tokens[at : at + batch])] for at in range(0, len(tokens), batch)]
+    script[0][0].start = fake_start(num_cached_tokens=1)
     clients = FakeClients([*script, None])  # the engine would go on for ever
     answer = await post(clients, COMPLETIONS, prompt="x", stop=["END"])
     assert answer["choices"][0] == {"index": 0, "text": "one ", "logprobs": None, "finish_reason": "stop"}
     assert answer["usage"]["completion_tokens"] == 7  # up to the token that completes END
-    assert "prompt_tokens_details" not in answer["usage"]  # the engine had no last word
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}  # known though the engine had no last word
     generation = clients.asks[0].generation
     assert "stop 0" in generation.log
     assert generation.counts["delivered"] == 7
