@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -101,6 +101,21 @@ class ApiServer:
             assert isinstance(message, Outputs), message
             found += [token for output in message.outputs for token in output.token_ids]
         return found
+
+
+class _Spy:
+    """A ROUTER that tells of every send."""
+
+    def __init__(self, router: zmq.Socket[bytes], on_send: Callable[[], None]) -> None:
+        self._router = router
+        self._on_send = on_send
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._router, name)
+
+    def send_multipart(self, *arguments: object) -> None:
+        self._on_send()
+        self._router.send_multipart(*arguments)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -249,6 +264,68 @@ def test_a_new_engine_closes_the_books_of_the_old_one(directory: str):
     new.close()
 
 
+def test_who_takes_no_more_is_given_up_and_told_so_when_there_is_room(directory: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.loop.SEND_HWM", 2)
+    engine = Engine(directory)
+    engine.router.bind("inproc://direct")  # no buffers of a kernel between the two
+    frozen = engine.connect(0)
+    frozen.socket.close(linger=0)
+    frozen.socket = engine.context.socket(zmq.DEALER)
+    frozen.socket.set(zmq.ROUTING_ID, wire.identity(0, 1))
+    frozen.socket.set(zmq.RCVHWM, 2)
+    frozen.socket.connect("inproc://direct")
+    frozen.hello()
+    frozen.submit(1, max_tokens=400)
+    turns_until(engine, "wholebatch:sequences_finished_total", 1, finished_reason="abort")
+    engine.loop._housekeeping_at = 0.0
+    engine.loop.turn()  # there is no room for a Goodbye yet
+    num_batches = len(engine.runner.batches)
+    last: Outputs | Goodbye | None = None
+    while not isinstance(last, Goodbye):
+        engine.loop._housekeeping_at = 0.0
+        last = frozen.receive()
+    assert len(engine.runner.batches) == num_batches
+    sent = engine.count("wholebatch:tokens_sent_total", api_server="0")
+    assert 0 < frozen.received < sent
+    frozen.hello(frozen.received)
+    turns_until(engine, "wholebatch:lost_tokens_total", sent - frozen.received, reason="server_lost", api_server="0")
+    frozen.submit(2)
+    assert len(frozen.tokens(4)) == 4
+    engine.close()
+
+
+def test_a_second_hello_of_the_same_api_server_ends_what_the_first_had_asked_for(engine: Engine):
+    server = engine.connect(0)
+    server.hello()
+    server.submit(1, max_tokens=400)
+    server.tokens(2)
+    server.hello(server.received)
+    turns_until(engine, "wholebatch:sequences_finished_total", 1, finished_reason="abort")
+    assert engine.count("vllm:num_requests_running") == 0
+
+
+def test_a_hello_meant_for_another_incarnation_is_answered_by_goodbye(engine: Engine):
+    server = engine.connect(0)
+    server.send(Hello(0, 1, 2, 0))
+    assert isinstance(server.receive(), Goodbye)
+    server.submit(1)
+    assert isinstance(server.receive(), Goodbye)
+
+
+def test_nothing_is_sent_before_it_was_committed(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    order: list[str] = []
+    commit = engine.store.commit
+    monkeypatch.setattr(type(engine.store), "commit", lambda store: order.append("commit") or commit())
+    engine.loop._router = _Spy(engine.router, lambda: order.append("send"))  # type: ignore[assignment]
+    server = engine.connect(0)
+    server.hello()
+    server.submit(1)
+    server.tokens(4)
+    sends = [position for position, what in enumerate(order) if what == "send"]
+    assert len(sends) == 4
+    assert all(order[position - 1] == "commit" for position in sends), order
+
+
 def test_a_fault_of_the_statistics_harms_no_request_and_is_counted(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     server = engine.connect(0)
     server.hello()
@@ -288,6 +365,32 @@ def test_a_model_that_cannot_be_served_is_reported_with_its_line(directory: str)
     code, reports = run_main(directory, refuse)
     assert code == 2
     assert reports == [Failed(message="/nowhere: no such file or directory")]
+
+
+def test_no_room_for_the_tally_is_a_failure_that_may_pass(directory: str):
+    code, reports = run_main(f"{directory}/nowhere", lambda *_: SizedRunner())
+    assert (code, reports) == (1, [])
+
+
+def test_a_process_that_still_loads_ends_with_its_supervisor(directory: str, tmp_path):
+    ours, theirs = make_lifeline()
+    config = tmp_path / "config"
+    config.write_text(to_json(make_config(directory, lifeline_fd=theirs.fileno())))
+    program = (
+        "import os, sys, time; from engine.process import main;"
+        f" sys.exit(main(['--config-fd', str(os.open({str(config)!r}, os.O_RDONLY))],"
+        " lambda *_: print('loading', flush=True) or time.sleep(100)))"
+    )
+    root = Path(__file__).parent.parent.parent
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], pass_fds=[theirs.fileno()], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    theirs.close()
+    assert child.stdout is not None
+    assert child.stdout.readline() == "loading\n"
+    ours.close()
+    assert child.wait(20) == 1
+    child.stdout.close()
 
 
 def test_a_missing_model_is_refused_by_the_real_loader(directory: str):

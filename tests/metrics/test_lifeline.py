@@ -37,6 +37,26 @@ def test_a_supervisor_that_does_not_read_makes_nobody_wait(ends):
     assert lifeline.report(Alive(progress=0, is_busy=False))
 
 
+def test_being_ready_is_said_as_soon_as_there_is_room_for_it(ends):
+    ours, lifeline = ends
+    sent = 0
+    while lifeline.report(Alive(progress=sent, is_busy=False)):
+        sent += 1
+    assert not lifeline.report(Ready())
+    assert not lifeline.report(Alive(progress=0, is_busy=False))
+    reports, _ = read_reports(ours)
+    assert len(reports) == sent
+    assert lifeline.report(Alive(progress=7, is_busy=True))
+    assert read_reports(ours) == ([Ready(), Alive(progress=7, is_busy=True)], True)
+
+
+def test_the_longest_failure_fits_into_a_report(ends):
+    ours, lifeline = ends
+    assert lifeline.report(Failed(message="ü" * 1_000_000))
+    [report], _ = read_reports(ours)
+    assert set(report.message) == {"ü"}
+
+
 def test_the_child_sees_the_supervisors_end(ends):
     ours, lifeline = ends
     assert not lifeline.is_severed()
