@@ -1,9 +1,10 @@
-"""`python -m metrics.generate`: writes the README's table of metrics from the catalogue, between its two markers.
+"""`python -m metrics.generate`: writes what is made from the catalogue: the README's table, dashboards, rules.
 
-    python -m metrics.generate [--check] [README]
+    python -m metrics.generate [--check] [README] [GRAFANA]
 
-With --check nothing is written; exit code 1 says that the table is not the catalogue's. Exit code 2: no such file or
-no markers.
+README is the file whose table stands between two markers, GRAFANA the folder of dashboards, rules and provisioning
+files, all of which are written. With --check nothing is written; exit code 1 names the files that would change. Exit
+code 2: the README cannot be read or has no markers.
 """
 
 from __future__ import annotations
@@ -11,13 +12,21 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import yaml
+
+from metrics import provisioning
 from metrics.catalogue import METRICS
+from metrics.dashboards import DASHBOARDS
 from metrics.metric import Metric, Scope
+from metrics.rules import rule_file
 
+ROOT: Final = Path(__file__).parent.parent
 BEGIN: Final = "<!-- metrics:begin -->"
 END: Final = "<!-- metrics:end -->"
+SUFFIXES: Final = (".json", ".yml", ".yaml")  # of generated files
+NOTICE: Final = "# Made by `make generate`; changes here are lost.\n"
 
 _SCOPES: Final = {
     Scope.ENGINE: "Counted by each engine, exported by its exporter",
@@ -61,26 +70,61 @@ def replace_table(text: str, made: str) -> str:
     return f"{before}{BEGIN}\n\n{made}\n{END}{after}"
 
 
+def grafana_files() -> dict[str, str]:
+    """Path below metrics/grafana/ -> text."""
+    contents = {**provisioning.files(), provisioning.RULES: rule_file()}
+    made = {path: NOTICE + _yaml(content) for path, content in contents.items()}
+    return {f"dashboards/{name}": make() for name, make in DASHBOARDS.items()} | made
+
+
+def _yaml(content: Any) -> str:
+    text: str = yaml.safe_dump(content, sort_keys=False, width=1000, allow_unicode=True)
+    return text
+
+
+def changes(readme: Path, grafana: Path) -> dict[Path, str | None]:
+    """The files that are not as they should be -> their right text, or None for those that should not be there.
+    Raises OSError and MarkersError."""
+    old = readme.read_text(encoding="utf-8")
+    wanted = {readme: replace_table(old, table())}
+    wanted |= {grafana / path: text for path, text in grafana_files().items()}
+    different = {path: text for path, text in wanted.items() if _read(path) != text}
+    there = {path for path in grafana.rglob("*") if path.suffix in SUFFIXES}
+    return {**different, **dict.fromkeys(sorted(there - set(wanted)))}
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m metrics.generate", description="Write the README's metric table.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the table would change")
-    parser.add_argument("readme", nargs="?", default=str(Path(__file__).parent.parent / "README.md"))
+    parser = argparse.ArgumentParser(prog="python -m metrics.generate", description="Write what the catalogue makes.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file would change")
+    parser.add_argument("readme", nargs="?", type=Path, default=ROOT / "README.md")
+    parser.add_argument("grafana", nargs="?", type=Path, default=ROOT / "metrics" / "grafana")
     options = parser.parse_args(arguments)
-    path = Path(options.readme)
     try:
-        old = path.read_text(encoding="utf-8")
-        new = replace_table(old, table())
+        found = changes(options.readme, options.grafana)
     except (OSError, MarkersError) as error:
-        print(f"{path}: {error}", file=sys.stderr)
+        print(f"{options.readme}: {error}", file=sys.stderr)
         return 2
-    if old == new:
-        return 0
     if options.check:
-        print(f"{path}: the metric table is not the catalogue's; run `make generate`", file=sys.stderr)
-        return 1
-    path.write_text(new, encoding="utf-8")
-    print(f"wrote the metric table of {path}")
+        for path in found:
+            print(f"{path}: not what the catalogue makes; run `make generate`", file=sys.stderr)
+        return 1 if found else 0
+    for path, text in found.items():
+        _put(path, text)
     return 0
+
+
+def _put(path: Path, text: str | None) -> None:
+    if text is None:
+        path.unlink()
+        print(f"removed {path}")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
