@@ -136,7 +136,8 @@ def look(url: str) -> Look:
         servers = {row["index"]: row["admin_url"] for row in table["processes"] if "admin_url" in row}
     except urllib.error.HTTPError as error:
         with error:
-            raise TopError(f"{url} answers {error.code}: {error.read(200).decode(errors='replace')}") from error
+            said = " ".join(error.read(200).decode(errors="replace").split())
+            raise TopError(f"{url} answers {error.code}: {said}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TopError(f"no wholebatch deployment at {url}: {error}") from error
     return Look(whole, _own(servers), table)

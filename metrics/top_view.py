@@ -49,7 +49,7 @@ def render(figures: Figures, url: str, *, trouble: str = "", history: Sequence[f
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """With so many significant digits, and a unit of thousands: 0.04, 12.3, 123, 12.3k."""
+    """With at most so many digits, and a unit of thousands: 0.04, 12.3, 123, 12.3k."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     for unit in ("", "k", "M", "G"):
