@@ -5,6 +5,7 @@ Not a fixture: a test decides how many of what it starts, and `Served` ends all 
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -16,13 +17,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+
+from metrics.laws import Status, check
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -54,6 +57,17 @@ def total(samples: Samples, name: str, labels: Mapping[str, str] | None = None) 
     """The sum of a name's samples, over every label not named."""
     wanted = set((labels or {}).items())
     return sum(value for (sample, have), value in samples.items() if sample == name and wanted <= have)
+
+
+def violations(samples: Samples) -> list[str]:
+    """Every law that an idle deployment's figures break."""
+    found = [finding for finding in check(samples, idle=True) if finding.status is Status.VIOLATED]
+    return [f"{f.law} engine {f.engine}: {f.sentence}: {f.detail}" for f in found]
+
+
+def laws_checked(samples: Samples) -> set[str]:
+    """The names of the laws that apply to an idle deployment's figures."""
+    return {finding.law for finding in check(samples, idle=True) if finding.status is not Status.NOT_APPLICABLE}
 
 
 class Served:
@@ -115,6 +129,19 @@ class Served:
         rows = [p for p in self.deployment()["processes"] if p["role"] == role]
         return [p["pid"] for p in sorted(rows, key=lambda p: p["index"])]
 
+    def wait_until_restarted(self, pids: Iterable[int]) -> None:
+        """Until every process is ready and none of these is among them."""
+        gone = set(pids)
+
+        def is_whole() -> bool:
+            try:
+                rows = self.deployment()["processes"]
+            except (OSError, http.client.HTTPException):  # an API server that ends, or starts
+                return False
+            return all(row["state"] == "ready" and row["pid"] not in gone for row in rows)
+
+        wait_for(is_whole, "every process ready again", 120.0)
+
     def metrics(self, path: str = "/metrics") -> Samples:
         return parse(self.get(path))
 
@@ -131,6 +158,17 @@ class Served:
             time.sleep(0.15)
         raise AssertionError("the deployment did not become idle")
 
+    def balanced_metrics(self, timeout_s: float = 60.0) -> Samples:
+        """A scrape of the idle deployment on which every law of the audit holds exactly: a process that was started
+        after a death settles what the dead one left open, and that takes it a moment."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            samples = self.idle_metrics(timeout_s)
+            if not (broken := violations(samples)):
+                assert "tokens" in laws_checked(samples), "the laws do not apply: series are missing"
+                return samples
+            assert time.monotonic() < deadline, broken
+
     @staticmethod
     def _is_settled(earlier: Samples, later: Samples) -> bool:
         busy = ("vllm:num_requests_running", "vllm:num_requests_waiting", "wholebatch:api_server_requests_in_flight")
@@ -146,18 +184,22 @@ class Served:
         )
 
     def stop(self) -> int:
-        """SIGTERM, and the exit code; whatever still runs after that is killed and an error."""
-        family = psutil.Process(self.process.pid).children(recursive=True) if self.is_running() else []
-        if self.is_running():
-            self.process.send_signal(signal.SIGTERM)
+        """SIGTERM, and the exit code; what does not end by itself is killed, and an error."""
+        if not self.is_running():
+            return self.process.wait()
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        hangs = False
         try:
-            code = self.process.wait(30)
+            code = self.process.wait(60)
         except subprocess.TimeoutExpired:
+            hangs = True
             self.process.kill()
             code = self.process.wait()
         _, left = psutil.wait_procs(family, timeout=10)
         for process in left:
             process.kill()
+        assert not hangs, f"did not end:\n{self.log()}"
         assert not left, f"left running: {left}\n{self.log()}"
         return code
 

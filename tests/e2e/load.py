@@ -1,12 +1,16 @@
-"""Bounded loads for a deployment, and what the clients saw of them."""
+"""Bounded loads for a deployment, steady ones, and what the clients saw of them."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import random
-from collections.abc import Sequence
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -15,6 +19,9 @@ from tests.e2e.harness import Served
 
 class BrokenRequestError(Exception):
     """A request that ended otherwise than whole: refused, or with an error in its stream, or cut off."""
+
+
+BROKEN = (BrokenRequestError, ConnectionError, http.client.HTTPException, TimeoutError)
 
 
 @dataclass(frozen=True)
@@ -83,3 +90,66 @@ def run(deployment: Served, requests: Sequence[Ask], *, at_a_time: int) -> list[
     """All of them, so many at a time."""
     with ThreadPoolExecutor(at_a_time) as pool:
         return list(pool.map(lambda ask: stream(deployment, ask), requests))
+
+
+class Clients:
+    """A steady load: each client asks one request after another until `stop`.
+
+    The model decodes greedily, so every prompt has one right answer: the first that any client got."""
+
+    def __init__(self, deployment: Served, requests: Sequence[Ask]) -> None:
+        self.finished = 0
+        self.tokens = 0  # by `usage`, of finished requests
+        self.broken: list[str] = []  # why, of every request that was lost or refused
+        self.different: list[str] = []  # answers that were not the right one
+        self._deployment = deployment
+        self._asks = requests
+        self._lock = threading.Lock()
+        self._ends = threading.Event()
+        self._answers: dict[int, str] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self, count: int) -> None:
+        for number in range(count):
+            thread = threading.Thread(target=self._ask, args=(random.Random(number),), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """After every client's last answer."""
+        self._ends.set()
+        for thread in self._threads:
+            thread.join(150)
+            assert not thread.is_alive(), "a client hangs: its request was neither answered nor ended"
+
+    def broken_kinds(self) -> dict[str, int]:
+        """How many requests broke, by the beginning of what the client was told."""
+        return dict(Counter(why[:60] for why in self.broken))
+
+    def _ask(self, source: random.Random) -> None:
+        while not self._ends.is_set():
+            number = source.randrange(len(self._asks))
+            try:
+                seen = stream(self._deployment, self._asks[number])
+            except BROKEN as error:
+                with self._lock:
+                    self.broken.append(f"{type(error).__name__}: {error}")
+                time.sleep(0.02)  # a refused client comes back, and does not spin
+                continue
+            with self._lock:
+                self.finished += 1
+                self.tokens += seen.completion_tokens or 0
+                right = self._answers.setdefault(number, seen.text)
+                if right != seen.text:
+                    self.different.append(f"prompt {number}: {seen.text!r}, not {right!r}")
+
+
+@contextmanager
+def steady_load(deployment: Served, requests: Sequence[Ask], count: int) -> Iterator[Clients]:
+    """So many clients at work; all have their answers on leaving."""
+    clients = Clients(deployment, requests)
+    clients.start(count)
+    try:
+        yield clients
+    finally:
+        clients.stop()
