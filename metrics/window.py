@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 from metrics.laws import Labels, Samples
@@ -90,12 +91,14 @@ class Window:
         return divide(self.increase(f"{histogram}_sum", **labels), self.increase(f"{histogram}_count", **labels))
 
     def buckets(self, histogram: str, **labels: str) -> list[Bucket]:
-        """What it observed in between, summed over the series; empty where that is not known."""
+        """What it observed in between, summed over the series; empty where that is not known. Counts that fall from
+        one bound to the next are no histogram's: they are raised, as Prometheus does it."""
         by_bound: dict[float, float] = {}
         for key, grown in (self.increases(f"{histogram}_bucket", **labels) or {}).items():
             bound = float(dict(key)["le"])
             by_bound[bound] = by_bound.get(bound, 0.0) + grown
-        return sorted(by_bound.items())
+        bounds = sorted(by_bound)
+        return list(zip(bounds, accumulate((by_bound[bound] for bound in bounds), max), strict=True))
 
 
 def divide(part: float | None, whole: float | None) -> float | None:
