@@ -28,9 +28,8 @@ class FetchError(Exception):
 
 def cached_path() -> Path:
     """Where the file is, or will be: in WHOLEBATCH_CACHE, else in ~/.cache/wholebatch."""
-    cache = os.environ.get("WHOLEBATCH_CACHE")
-    directory = Path(cache) if cache else Path.home() / ".cache" / "wholebatch"
-    return directory / Path(MEMBER).name
+    directory = os.environ.get("WHOLEBATCH_CACHE") or os.path.expanduser("~/.cache/wholebatch")
+    return Path(directory).absolute() / Path(MEMBER).name
 
 
 def fetch() -> Path:
@@ -80,6 +79,8 @@ def main() -> int:
     except FetchError as error:
         print(f"engine.default_model: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

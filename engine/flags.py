@@ -52,6 +52,15 @@ def _seconds(low: float) -> Callable[[str], float]:
     return seconds
 
 
+def _name(text: str) -> str:
+    if not text or not text.isprintable():  # what is no UTF-8 is not printable either
+        raise ValueError
+    return text
+
+
+_name.__name__ = "printable name"
+
+
 def _bytes(text: str) -> int:
     """A number of bytes, or of K, M, G (1000) or Ki, Mi, Gi (1024)."""
     powers = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -81,7 +90,13 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_model_flags(group: Any) -> None:
     add = group.add_argument
     add("--model", help=f"a Hugging Face directory or a .gguf file (default: {default_model.NAME}, fetched once)")
-    add("--served-model-name", nargs="+", metavar="NAME", help="what clients call it; the first name labels metrics")
+    add(
+        "--served-model-name",
+        type=_name,
+        nargs="+",
+        metavar="NAME",
+        help="what clients call it; the first one labels metrics (default: the file's or directory's name)",
+    )
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: %(default)s")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
     add("--max-model-len", type=_whole(1), metavar="N", help="longest context, in tokens (default: the model's)")
@@ -186,6 +201,10 @@ def parse(arguments: list[str], environment: dict[str, str]) -> DeploymentConfig
     if flags.admin_port and flags.admin_port + num_api_servers > 65536:
         raise FlagError(f"--admin-port {flags.admin_port} and the {num_api_servers - 1} after it go beyond 65535")
     path, name = _model(flags.model)
+    if not flags.served_model_name and not (name and name.isprintable()):
+        raise FlagError(f"--model {flags.model!r}: not a name for clients, give one with --served-model-name")
+    if "" in flags.api_key:
+        raise FlagError("--api-key: an empty key lets everybody in")
     keys = [*flags.api_key, *filter(None, [environment.get(API_KEY_VARIABLE)])]
     return DeploymentConfig(
         num_engines=flags.data_parallel_size,
@@ -251,6 +270,10 @@ def _model(named: str | None) -> tuple[Path, str]:
         except default_model.FetchError as error:
             raise FlagError(str(error)) from error
     path = Path(named).absolute()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise FlagError(f"--model {named!r}: a path that is not UTF-8") from error
     try:
         if path.is_dir():
             if not (path / "config.json").is_file():

@@ -14,7 +14,7 @@ from pathlib import Path
 import setproctitle
 
 from engine.directory import DeploymentDirectory, DirectoryError
-from engine.flags import FlagError, parse
+from engine.flags import API_KEY_VARIABLE, FlagError, parse
 from engine.supervisor import ListenError, Supervisor, listen
 from metrics.broadcast import BroadcastError
 from metrics.store import StoreError
@@ -28,8 +28,10 @@ def main(
 ) -> int:
     """The exit code: 0 after a signal, 1 when the deployment failed later, 2 for what cannot be served. The modules
     are what the children run; others wrap them to observe."""
+    environment = dict(os.environ)
+    os.environ.pop(API_KEY_VARIABLE, None)  # children are told by descriptor, and inherit no secret
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
+        config = parse(sys.argv[1:] if arguments is None else arguments, environment)
         config = dataclasses.replace(config, engine_module=engine_module, api_server_module=api_server_module)
         setproctitle.setproctitle("wholebatch supervisor")  # and no more flags, keys among them, in `ps`
         form = "%(asctime)s level=%(levelname)s process=supervisor %(message)s"

@@ -50,9 +50,9 @@ def listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(BACKLOG)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host that can be no name
         listening.close()
-        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        raise ListenError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
     return listening
 
 
@@ -108,7 +108,7 @@ class Supervisor:
             signal.set_wakeup_fd(before)
             self._close()
         if self._exit.message:
-            print(f"engine.serve: {self._exit.message}", file=sys.stderr)
+            print(f"engine.serve: {' '.join(self._exit.message.split())}", file=sys.stderr)
         log.info("event=stopped exit_code=%d", self._exit.code)
         return self._exit.code
 
@@ -175,26 +175,44 @@ class Supervisor:
 
     def _spawn(self, action: Spawn) -> None:
         key = (action.role, action.index)
-        ours, theirs = make_lifeline()
-        inherited = [theirs.fileno()]
-        if action.role == ENGINE:
-            module, text = self._config.engine_module, self._engine_text(action, theirs.fileno())
-        else:
-            module = self._config.api_server_module
-            inherited += [self._public.fileno(), self._admin[action.index].fileno()]
-            text = self._api_server_text(action, theirs.fileno())
-        config_fd = _text_fd(text)
-        command = [sys.executable, "-m", module, "--config-fd", str(config_fd)]
-        # A process group of its own: Ctrl-C reaches the supervisor alone, which ends its children in order.
-        popen = subprocess.Popen(command, pass_fds=[*inherited, config_fd], stdin=subprocess.DEVNULL, process_group=0)
-        os.close(config_fd)
-        theirs.close()
-        process = _Process(popen, os.pidfd_open(popen.pid), ours)
+        try:
+            process = self._start(action)
+        except OSError as error:  # no process, no descriptor, no memory: the same may pass by the next attempt
+            log.error("event=start_failed role=%s index=%d error=%r", *key, str(error))
+            self._machine.on_spawned(*key, 0, time.monotonic())
+            self._obey(self._machine.on_exit(*key, time.monotonic()))
+            return
         self._processes[key] = process
         self._selector.register(process.pidfd, selectors.EVENT_READ, lambda: self._on_exit(key))
-        self._selector.register(ours, selectors.EVENT_READ, lambda: self._on_reports(key))
-        self._machine.on_spawned(action.role, action.index, popen.pid, time.monotonic())
-        log.info("event=started role=%s index=%d incarnation=%d pid=%d", *key, action.incarnation, popen.pid)
+        self._selector.register(process.lifeline, selectors.EVENT_READ, lambda: self._on_reports(key))
+        self._machine.on_spawned(*key, process.popen.pid, time.monotonic())
+        log.info("event=started role=%s index=%d incarnation=%d pid=%d", *key, action.incarnation, process.popen.pid)
+
+    def _start(self, action: Spawn) -> _Process:
+        """Raises OSError, and then leaves nothing open or running."""
+        with contextlib.ExitStack() as on_error, contextlib.ExitStack() as always:
+            ours, theirs = make_lifeline()
+            on_error.callback(ours.close)
+            always.callback(theirs.close)
+            inherited = [theirs.fileno()]
+            if action.role == ENGINE:
+                module, text = self._config.engine_module, self._engine_text(action, theirs.fileno())
+            else:
+                module = self._config.api_server_module
+                inherited += [self._public.fileno(), self._admin[action.index].fileno()]
+                text = self._api_server_text(action, theirs.fileno())
+            config_fd = _text_fd(text)
+            always.callback(os.close, config_fd)
+            command = [sys.executable, "-m", module, "--config-fd", str(config_fd)]
+            # A process group of its own: Ctrl-C reaches the supervisor alone, which ends its children in order.
+            popen = subprocess.Popen(
+                command, pass_fds=[*inherited, config_fd], stdin=subprocess.DEVNULL, process_group=0
+            )
+            on_error.callback(popen.wait)
+            on_error.callback(popen.kill)
+            process = _Process(popen, os.pidfd_open(popen.pid), ours)
+            on_error.pop_all()
+        return process
 
     def _engine_text(self, action: Spawn, lifeline_fd: int) -> str:
         config = self._config
@@ -265,11 +283,12 @@ class Supervisor:
         host, port = self._public.getsockname()[:2]
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         config = self._config
-        print(
+        line = (
             f"ready url=http://{shown}:{port} model={config.served_model_names[0]}"
-            f" api_servers={config.num_api_servers} engines={config.num_engines}",
-            flush=True,
+            f" api_servers={config.num_api_servers} engines={config.num_engines}"
         )
+        with contextlib.suppress(BrokenPipeError):  # nobody reads: no reason to end
+            print(line, flush=True)
 
     # --- the end ---
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from engine import default_model
 from engine.config import DeploymentConfig
 from engine.flags import API_KEY_VARIABLE, FlagError, parse
+from engine.supervisor import ListenError, listen
 from tests.tiny_models import write_tiny_llama
 
 ROOT = Path(__file__).parent.parent.parent
@@ -85,6 +88,19 @@ BAD = {
     "buckets that do not grow": (["--custom-histogram-buckets", '{"iteration_tokens": [2, 1]}'], "iteration_tokens"),
     "an unknown dtype": (["--dtype", "int3"], "int3"),
     "bytes that are none": (["--kv-cache-memory-bytes", "many"], "many"),
+    "no bytes": (["--kv-cache-memory-bytes", "0"], "0"),
+    "more bytes than there are numbers": (["--kv-cache-memory-bytes", "1e999"], "1e999"),
+    "no publication": (["--publish-interval", "0"], "0"),
+    "an endless drain": (["--drain-timeout", "inf"], "inf"),
+    "a freeze shorter than reports are apart": (["--freeze-timeout", "0.5"], "0.5"),
+    "too many processes": (["-asc", "257"], "257"),
+    "an empty key": (["--api-key", ""], "--api-key"),
+    "no name": (["--served-model-name", ""], "--served-model-name"),
+    "a name of two lines": (["--served-model-name", "a\nb"], "--served-model-name"),
+    "a name that is no text": (["--served-model-name", "\udcff"], "--served-model-name"),
+    "buckets of an unknown family": (["--custom-histogram-buckets", '{"x": [1]}'], "x"),
+    "buckets that are no JSON": (["--custom-histogram-buckets", "{"], "--custom-histogram-buckets"),
+    "something that is no flag": (["serve"], "serve"),
 }
 
 
@@ -117,6 +133,24 @@ def test_a_default_model_that_is_not_the_one_expected_is_refused_and_leaves_noth
     with pytest.raises(FlagError, match="is not what it should be: sha256"):
         parse([], {})
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_directory_whose_name_is_no_name_needs_another(tmp_path: Path):
+    directory = tmp_path / "two\nlines"
+    write_tiny_llama(directory)
+    with pytest.raises(FlagError, match="--served-model-name"):
+        parsed(directory)
+    assert parsed(directory, "--served-model-name", "x").served_model_names == ("x",)
+    with pytest.raises(FlagError, match="not UTF-8"):
+        parsed(tmp_path / "\udcff")
+
+
+@pytest.mark.parametrize("host", ["256.1.1.1", "a..b", "::gg", "192.0.2.1"])
+def test_an_address_that_cannot_be_listened_on_is_named(host: str):
+    with pytest.raises(ListenError) as refused:
+        listen(host, 0)
+    assert f"{host}:0" in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def serve(*flags: str) -> tuple[int, list[str]]:
@@ -198,34 +232,121 @@ lifeline.report(Ready(facts=facts if "cache" in config else None))
 while not lifeline.is_severed():
     time.sleep(0.05)
 """
+SECRET = "open-sesame"
 PARENT = "import sys; from engine.serve import main; sys.exit(main(engine_module='stub', api_server_module='stub'))"
 
 
-def test_a_supervisor_of_stubs_starts_restarts_and_ends_them(model: Path, tmp_path: Path):
-    (tmp_path / "stub.py").write_text(STUB)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    flags = ["--model", str(model), "--port", "0", "-asc", "2", "--runtime-dir", str(tmp_path / "run")]
+@contextlib.contextmanager
+def supervised(
+    model: Path, directory: Path, *flags: str, before: str = "", stub: str = STUB
+) -> Iterator[subprocess.Popen[str]]:
+    """A supervisor whose children are stubs; `before` runs in its process first."""
+    (directory / "stub.py").write_text(stub)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{directory}", API_KEY_VARIABLE: SECRET}
+    command = [sys.executable, "-c", before + PARENT, "--model", str(model), "--port", "0"]
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT, *flags],
+        [*command, "--runtime-dir", str(directory / "run"), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        cwd=tmp_path,
+        cwd=directory,
     ) as parent:
+        try:
+            yield parent
+        finally:
+            parent.kill()
+
+
+def until(parent: subprocess.Popen[str], event: str) -> str:
+    """The first line of the log from here on that has this."""
+    assert parent.stderr is not None
+    said = []
+    for line in parent.stderr:
+        said.append(line)
+        if event in line:
+            return line
+    raise AssertionError(f"{event!r} never came:\n{''.join(said)}")
+
+
+def test_a_supervisor_of_stubs_starts_restarts_and_ends_them(model: Path, tmp_path: Path):
+    with supervised(model, tmp_path, "-asc", "2") as parent:
+        started = until(parent, "event=started role=api-server index=1 incarnation=1 ")
         ready = parent.stdout.readline()
-        assert ready.startswith("ready url=http://127.0.0.1:"), parent.stderr.read()
+        assert ready.startswith("ready url=http://127.0.0.1:")
         assert ready.endswith("model=tiny api_servers=2 engines=1\n")
-        pid = 0
-        for line in parent.stderr:
-            if "event=started role=api-server index=1 incarnation=1 " in line:
-                pid = int(line.rpartition("pid=")[2])
-                os.kill(pid, signal.SIGKILL)
-            if "event=started role=api-server index=1 incarnation=2 " in line:
-                break
-        assert pid, "the first start was logged"
+        os.kill(int(started.rpartition("pid=")[2]), signal.SIGKILL)
+        until(parent, "event=started role=api-server index=1 incarnation=2 ")
         parent.send_signal(signal.SIGINT)
         rest = parent.stderr.read()
         assert parent.wait(20) == 0
     assert "Traceback" not in rest
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_no_secret_is_an_argument_a_variable_or_a_line_of_the_log(model: Path, tmp_path: Path):
+    with supervised(model, tmp_path, "--api-key", f"{SECRET}2") as parent:
+        started = [until(parent, f"event=started role={role} ") for role in ("engine", "api-server")]
+        assert parent.stdout.readline().startswith("ready ")
+        for line in started:
+            pid = int(line.rpartition("pid=")[2])
+            for name in ("cmdline", "environ"):
+                assert SECRET.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
+        assert SECRET.encode() not in Path(f"/proc/{parent.pid}/cmdline").read_bytes()
+        parent.terminate()
+        assert SECRET not in parent.stderr.read()
+        assert parent.wait(20) == 0
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(model: Path, tmp_path: Path):
+    before = (
+        "import subprocess; Real = subprocess.Popen; refused = [];\n"
+        "def start(*a, **k):\n"
+        "    if len(refused) < 3: refused.append(1); raise BlockingIOError(11, 'no process left')\n"
+        "    return Real(*a, **k)\n"
+        "subprocess.Popen = start\n"
+    )
+    with supervised(model, tmp_path, before=before) as parent:
+        for _ in range(3):
+            assert "no process left" in until(parent, "event=start_failed ")
+        assert parent.stdout.readline().startswith("ready ")
+        parent.terminate()
+        assert "Traceback" not in parent.stderr.read()
+        assert parent.wait(20) == 0
+
+
+def test_a_supervisor_that_is_killed_leaves_a_directory_that_the_next_one_removes(model: Path, tmp_path: Path):
+    with supervised(model, tmp_path) as parent:
+        assert parent.stdout.readline().startswith("ready ")
+        [left] = (tmp_path / "run").iterdir()
+        parent.kill()
+        parent.stderr.read()  # the children have ended when nobody can write any more
+    with supervised(model, tmp_path) as parent:
+        assert parent.stdout.readline().startswith("ready ")
+        [found] = (tmp_path / "run").iterdir()
+        assert found != left
+        with supervised(model, tmp_path) as second:  # of a living one, nothing is removed
+            assert second.stdout.readline().startswith("ready ")
+            assert found.is_dir()
+
+
+def test_a_child_that_never_gets_ready_ends_the_deployment_with_code_1(model: Path, tmp_path: Path):
+    with supervised(model, tmp_path, stub="raise SystemExit(3)") as parent:
+        said = parent.stderr.read().splitlines()
+        assert parent.wait(20) == 1
+    assert "engine.serve: engine 0 ended 5 times without getting ready" in said
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_while_everything_starts_ends_everything(model: Path, tmp_path: Path, signals: int):
+    stub = STUB.replace("lifeline.report", "time.sleep(60) or lifeline.report")
+    stub = stub if signals == 1 else stub.replace("lambda *_: sys.exit(0)", "signal.SIG_IGN")
+    with supervised(model, tmp_path, stub=stub) as parent:
+        until(parent, "event=started role=api-server ")
+        for _ in range(signals):
+            parent.send_signal(signal.SIGINT)
+            until(parent, "event=stopping")
+        assert "Traceback" not in parent.stderr.read()
+        assert parent.wait(20) == 0
     assert not list((tmp_path / "run").iterdir())
