@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -19,15 +19,21 @@ from aiohttp import web
 from frontend import openai
 from frontend.config import ServerConfig
 from frontend.deployment_view import DeploymentView
+from frontend.discovery import OWN_PATH, PROCESSES_PATH, targets
 from frontend.errors import EngineUnavailable, NotFound, Unauthorized, error_middleware
 from frontend.exporter import LEASE_HEADER, boottime
+from frontend.pool import load_report
+from frontend.scrape_request import ScrapeRequest, scrape_request
 from frontend.serving import Serving
 from metrics.deployment import API_SERVER, Deployment
 from metrics.snapshot import encode
 
 MAX_BODY_BYTES: Final = 4 * 2**20
 CLIENT_GONE: Final = 499  # no answer was seen; counted as 4xx
-STATUS_ROUTES: Final = ("/metrics", "/health", "/ping", "/load", "/version", "/deployment")  # not in HTTP metrics
+STATUS_ROUTES: Final = ("/metrics", "/health", "/ping", "/load", "/version", "/deployment", "/prometheus/")
+ORCA_REQUEST_HEADER: Final = "endpoint-load-metrics-format"
+ORCA_RESPONSE_HEADER: Final = "endpoint-load-metrics"
+ORCA_ROUTES: Final = ("/v1/completions", "/v1/chat/completions")
 TEMPLATES: Final = {"/v1/models/{name}": "/v1/models"}  # routes that share a label
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -63,6 +69,10 @@ def public_app(state: State) -> web.Application:
     routes.add_to(app)
     app.router.add_get("/metrics", routes.metrics)
     app.router.add_get("/metrics/engine/{engine}", routes.engine_metrics)
+    app.router.add_get("/metrics/pool", routes.pool_metrics)
+    app.router.add_get(PROCESSES_PATH, routes.process_metrics)
+    app.router.add_get("/prometheus/targets", routes.targets)
+    app.on_response_prepare.append(_load_report(state))
     return app
 
 
@@ -71,7 +81,8 @@ def admin_app(state: State) -> web.Application:
     app = web.Application(middlewares=[error_middleware])
     routes = StatusRoutes(state)
     routes.add_to(app)
-    app.router.add_get("/metrics", routes.own_metrics)
+    app.router.add_get("/metrics", routes.admin_metrics)
+    app.router.add_get(OWN_PATH, routes.own_metrics)
     app.router.add_get("/internal/snapshot/{engine}", routes.snapshot)
     return app
 
@@ -112,25 +123,53 @@ class StatusRoutes:
 
     async def load(self, request: web.Request) -> web.Response:
         """Sequences that the whole deployment's API servers wait for; the same from any of them."""
-        return web.json_response({"server_load": self._state.ready().scrape.num_in_flight()})
+        return web.json_response({"server_load": int(self._state.ready().scrape.in_flight().num_sequences)})
 
     async def metrics(self, request: web.Request) -> web.Response:
         """The whole deployment's."""
         serving = self._state.ready()
         with _bulkhead(serving):
-            return _exposition(*await serving.scrape.whole(_accept(request)))
+            asked = _asked(request)
+            return _exposition(await serving.scrape.whole(asked), asked)
 
     async def engine_metrics(self, request: web.Request) -> web.Response:
         """One engine's series alone."""
         serving, engine = self._state.ready(), self._engine(request)
         with _bulkhead(serving):
-            return _exposition(*await serving.scrape.engine(engine, _accept(request)))
+            asked = _asked(request)
+            return _exposition(await serving.scrape.engine(engine, asked), asked)
 
-    async def own_metrics(self, request: web.Request) -> web.Response:
-        """This process's."""
+    async def pool_metrics(self, request: web.Request) -> web.Response:
+        """The engines as one, for routers."""
         serving = self._state.ready()
         with _bulkhead(serving):
-            return _exposition(*serving.scrape.own(_accept(request)))
+            asked = _asked(request)
+            return _exposition(asked.body(serving.pool.exposition(serving.pool_figures(), asked.form)), asked)
+
+    async def process_metrics(self, request: web.Request) -> web.Response:
+        """The process series of engines and the supervisor."""
+        serving = self._state.ready()
+        with _bulkhead(serving):
+            asked = _asked(request)
+            return _exposition(serving.scrape.processes(asked), asked)
+
+    async def admin_metrics(self, request: web.Request) -> web.Response:
+        """This process's, and those of the engines that it exports."""
+        serving = self._state.ready()
+        with _bulkhead(serving):
+            asked = _asked(request)
+            return _exposition(serving.scrape.admin(asked), asked)
+
+    async def own_metrics(self, request: web.Request) -> web.Response:
+        """This process's alone."""
+        serving = self._state.ready()
+        with _bulkhead(serving):
+            asked = _asked(request)
+            return _exposition(serving.scrape.own(asked), asked)
+
+    async def targets(self, request: web.Request) -> web.Response:
+        """What Prometheus is to scrape in place of the public port's /metrics."""
+        return web.json_response(targets(self._state.config, request.headers.get("Host", "")))
 
     async def snapshot(self, request: web.Request) -> web.Response:
         """The newest snapshot of an engine whose exporter this process is; 404 where it is not."""
@@ -173,12 +212,31 @@ def _bulkhead(serving: Serving) -> Iterator[None]:
         raise
 
 
-def _exposition(body: bytes, content_type: str) -> web.Response:
-    return web.Response(body=body, headers={"Content-Type": content_type})
+def _exposition(body: bytes, asked: ScrapeRequest) -> web.Response:
+    return web.Response(body=body, headers=asked.headers)
 
 
-def _accept(request: web.Request) -> str:
-    return ",".join(request.headers.getall("Accept", []))
+def _asked(request: web.Request) -> ScrapeRequest:
+    headers = request.headers
+    accept, encoding = (",".join(headers.getall(name, [])) for name in ("Accept", "Accept-Encoding"))
+    return scrape_request(accept, encoding, request.query.getall("name[]", []))
+
+
+def _load_report(state: State) -> Any:
+    """Adds the pool's figures to an answer of a model, where the request asks for them (ORCA)."""
+
+    async def add(request: web.Request, response: web.StreamResponse) -> None:
+        asked = request.headers.get(ORCA_REQUEST_HEADER)
+        serving = state.serving
+        if asked is None or serving is None or response.status != 200 or request.path not in ORCA_ROUTES:
+            return
+        with suppress(Exception), _bulkhead(serving):  # P8: the answer goes out without
+            figures = serving.pool_figures()
+            report = None if figures is None else load_report(asked, figures)
+            if report is not None:
+                response.headers[ORCA_RESPONSE_HEADER] = report
+
+    return add
 
 
 def _version() -> str:

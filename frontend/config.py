@@ -41,6 +41,8 @@ class ServerConfig:
     bucket_overrides: tuple[tuple[str, tuple[float, ...]], ...]
     max_model_len: int | None  # None: as the engine finds it
     drain_timeout_s: float
+    max_num_queued_reqs: int | None = None  # None: no limit
+    max_num_queued_tokens: int | None = None
 
     def shape(self, max_model_len: int) -> Shape:
         """What the layouts of this deployment's tallies depend on."""
@@ -54,6 +56,7 @@ class ServerConfig:
 
 _WHOLE = ("index", "incarnation", "num_engines", "num_api_servers", "listen_fd", "admin_fd", "lifeline_fd", "port")
 _TEXT = ("directory", "host", "model_path")
+_LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens")  # may be left out
 _SECONDS = ("lease_s", "publish_interval_s", "drain_timeout_s")
 
 
@@ -65,6 +68,7 @@ def server_config_from_json(text: str) -> ServerConfig:
         raise ConfigError(f"no JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"no JSON object: {str(raw)[:80]!r}")
+    raw = dict.fromkeys(_LIMITS) | raw
     if wrong := set(raw) ^ {field.name for field in fields(ServerConfig)}:
         raise ConfigError(f"fields missing or unknown: {sorted(wrong)}")
     _check_plain(raw)
@@ -81,13 +85,26 @@ def server_config_from_json(text: str) -> ServerConfig:
     return ServerConfig(**raw)
 
 
+def reachable(host: str) -> str:
+    """Where to connect for a socket bound to `host`, as it stands in a URL."""
+    if host in ("", "0.0.0.0"):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
 def _check_plain(raw: dict[str, Any]) -> None:
     checks = (
         (_WHOLE, lambda v: type(v) is int and v >= 0, "a whole number from 0"),
         (_TEXT, lambda v: type(v) is str and v, "text"),
         (_SECONDS, lambda v: type(v) in (int, float) and v >= 0, "seconds"),
         (("log_stats",), lambda v: type(v) is bool, "a boolean"),
-        (("max_model_len",), lambda v: v is None or (type(v) is int and v > 0), "a whole number from 1 or null"),
+        (
+            ("max_model_len", *_LIMITS),
+            lambda v: v is None or (type(v) is int and v > 0),
+            "a whole number from 1 or null",
+        ),
     )
     for names, is_right, what in checks:
         for name in names:

@@ -145,7 +145,8 @@ class EngineConnection:
 
 
 class EngineClients:
-    """All engines: chooses one for each request, follows the deployment table through their ends and starts."""
+    """All engines: chooses one for each request, follows the deployment table through their ends and starts.
+    `admit` raises ApiError where a request for n sequences may not join the queue."""
 
     def __init__(
         self,
@@ -155,6 +156,7 @@ class EngineClients:
         record: RequestRecord,
         group: GroupCommit,
         *,
+        admit: Callable[[int], None] = lambda n: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._context = context
@@ -162,7 +164,9 @@ class EngineClients:
         self._identity = identity
         self._record = record
         self._group = group
+        self._admit = admit
         self._clock = clock
+        self._is_closed = False
         self._request_ids = itertools.count(1)
         self._connections: list[EngineConnection | None] = [None] * len(record.engines)
         self._not_before = [0.0] * len(record.engines)  # when to connect again, after a Goodbye
@@ -183,9 +187,11 @@ class EngineClients:
         arrived_at: float,
     ) -> Generation:
         """Send n sequences to the least loaded engine; sequence i of a seeded request has seed + i. The caller closes
-        the generation. Raises EngineUnavailable (no engine is ready) or TooManyRequests (its queue is full).
+        the generation. Raises EngineUnavailable (no engine is ready), Overloaded (a limit is reached) or
+        TooManyRequests (the engine takes no more messages).
         `arrived_at` is on `time.monotonic`."""
         engine, connection = self._choose()
+        self._admit(n)
         if not connection.can_submit():
             self._record.rejected("max_num_queued_reqs")
             raise TooManyRequests("the engine's queue is full, try again", code="queue_full")
@@ -210,7 +216,9 @@ class EngineClients:
         self.router.on_load(engine, load)
 
     def on_deployment(self, table: Deployment) -> None:
-        """Connect to engine incarnations that are ready, leave those that have ended."""
+        """Connect to engine incarnations that are ready, leave those that have ended. Nothing after `close`."""
+        if self._is_closed:
+            return
         for engine, connection in enumerate(self._connections):
             if connection is not None and table.has_ended(ENGINE, engine, connection.incarnation):
                 self._end(engine, "the engine ended while it worked on the request")
@@ -220,7 +228,8 @@ class EngineClients:
                 self._connect(engine, entry.incarnation)
 
     def close(self) -> None:
-        """Leave every engine; what is open fails."""
+        """Leave every engine, for good; what is open fails."""
+        self._is_closed = True
         for engine in range(len(self._connections)):
             self._end(engine, "the API server ends")
 

@@ -63,7 +63,7 @@ class PayloadTooLarge(ApiError):
 
 
 class TooManyRequests(ApiError):
-    """Refused at the door: too much is queued."""
+    """Refused at the door: the engine takes no more messages."""
 
     status = 429
     type = "rate_limit_error"
@@ -76,6 +76,10 @@ class EngineUnavailable(ApiError):
     status = 503
     type = "service_unavailable_error"
     headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+
+class Overloaded(EngineUnavailable):
+    """Refused at the door: the deployment's queue has reached a limit of the operator's."""
 
 
 class EngineLost(EngineUnavailable):

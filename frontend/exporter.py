@@ -19,6 +19,8 @@ from typing import Final
 import aiohttp
 import zmq
 
+from frontend.bulkhead import Bulkhead
+from frontend.config import reachable
 from frontend.engine_client import Identity
 from frontend.request_record import RequestRecord
 from frontend.sockets import Messages, SocketReader
@@ -90,6 +92,7 @@ class Exporter:
         directory: str,
         identity: Identity,
         record: RequestRecord,
+        bulkhead: Bulkhead,
         layout: Layout,
         *,
         lease_s: float,
@@ -100,11 +103,12 @@ class Exporter:
         engines = range(len(record.engines))
         self._identity = identity
         self._record = record
+        self._bulkhead = bulkhead
         self._layout = layout
         self._clock = clock
         self._lease_s = lease_s
         self._on_load = on_load
-        self._urls = [f"http://{_reachable(host)}:{port}" for host, port in admin_addresses]
+        self._urls = [f"http://{reachable(host)}:{port}" for host, port in admin_addresses]
         self._load_cells = [layout.cell(f"vllm:num_requests_{state}") for state in ("running", "waiting")]
         self.engines = [EngineView(Holder(identity.index, identity.incarnation, lease_s)) for _ in engines]
         endpoints = [broadcast.snapshot_endpoint(directory, engine) for engine in engines]
@@ -135,13 +139,21 @@ class Exporter:
             view.next_fetch = asyncio.create_task(self._fetch_next(engine))
         return await asyncio.shield(view.next_fetch)
 
+    def heard(self) -> list[Snapshot]:
+        """The newest snapshot of every engine heard within the lease, whoever exports it: to decide by, or to add up
+        over engines. An engine's own series are `series`."""
+        now = self._clock()
+        fresh = [view for view in self.engines if now - view.heard_at < self._lease_s]
+        return [view.holder.snapshot for view in fresh if view.holder.snapshot is not None]
+
     def resign(self) -> None:
         """Give up all rights, for good, and tell the engines; no more heartbeats."""
         self._beating.cancel()
         for engine, view in enumerate(self.engines):
             resignation = view.holder.resign()
             if resignation is not None:
-                self._send(engine, encode(resignation))
+                with self._bulkhead.around("heartbeat"):
+                    self._send(engine, encode(resignation))
 
     async def close(self) -> None:
         """Resign first."""
@@ -158,10 +170,11 @@ class Exporter:
 
     def _on_messages(self, messages: Messages) -> None:
         for parts in messages:
-            try:
-                self._on_snapshot(self._check(decode_snapshot(parts[-1])))
-            except SnapshotError as error:
-                self._on_rejected(error)
+            with self._bulkhead.around("snapshot"):
+                try:
+                    self._on_snapshot(self._check(decode_snapshot(parts[-1])))
+                except SnapshotError as error:
+                    self._on_rejected(error)
 
     def _on_snapshot(self, snapshot: Snapshot) -> None:
         if not self.engines[snapshot.engine].on_snapshot(snapshot, self._clock()):
@@ -187,8 +200,9 @@ class Exporter:
     async def _beat(self, interval_s: float) -> None:
         while True:
             for engine, view in enumerate(self.engines):
-                heartbeat = view.holder.heartbeat(self._clock())  # stamped before it is sent: P2 rests on it
-                self._send(engine, encode(heartbeat))
+                with self._bulkhead.around("heartbeat"):
+                    heartbeat = view.holder.heartbeat(self._clock())  # stamped before it is sent: P2 rests on it
+                    self._send(engine, encode(heartbeat))
             await asyncio.sleep(interval_s)
 
     def _send(self, engine: int, raw: bytes) -> None:
@@ -258,12 +272,3 @@ class Exporter:
         if is_older or snapshot.engine != engine:
             return None
         return Exportable(snapshot=snapshot, expires_at=asked_at + lease_s)
-
-
-def _reachable(host: str) -> str:
-    """Where to connect for a socket bound to `host`."""
-    if host in ("", "0.0.0.0"):
-        return "127.0.0.1"
-    if host == "::":
-        return "[::1]"
-    return f"[{host}]" if ":" in host else host

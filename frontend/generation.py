@@ -93,6 +93,7 @@ class Generation:
         self.error: EngineLost | None = None
         for _ in self.sequences:
             record.submitted()
+            record.prefilling(asked.num_prompt_tokens)
 
     # --- from the engine's connection ---
 
@@ -196,6 +197,7 @@ class Generation:
             self._record.first_token(self._clock() - self._asked.arrived_at)
         num_later, gap_s = num_tokens, (at - sequence.last_at) / num_tokens
         if sequence.num_tokens == 0:
+            self._record.prefilling(-self._asked.num_prompt_tokens)
             sequence.first_at = at
             num_later, gap_s = num_tokens - 1, 0.0
         if num_later:
@@ -205,6 +207,8 @@ class Generation:
 
     def _end(self, sequence: SequenceState, reason: str) -> None:
         sequence.reason = reason
+        if sequence.num_tokens == 0:
+            self._record.prefilling(-self._asked.num_prompt_tokens)
         self._record.ended(reason)
         self._engine.forget(sequence.request_id)
 

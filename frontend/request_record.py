@@ -68,10 +68,12 @@ class EngineRecord:
         self._submitted = cell("wholebatch:sequences_submitted_total")
         self._ended = {r: cell("wholebatch:sequences_ended_total", finished_reason=r) for r in ENDED_REASONS}
         self._in_flight = cell("wholebatch:api_server_requests_in_flight")
+        self._prefill_tokens = cell("wholebatch:api_server_prefill_tokens")
         self._success = {r: cell("vllm:request_success_total", finished_reason=r) for r in FINISHED_REASONS}
         self._stale_snapshots = cell("wholebatch:stale_snapshots_total")
         self._histograms = {name: layout.histogram(f"vllm:{name}", engine=label) for name in _HISTOGRAMS}
         self.num_in_flight = 0
+        self.num_prefill_tokens = 0
 
     @property
     def num_received(self) -> int:
@@ -99,6 +101,12 @@ class EngineRecord:
         """One submitted sequence ended, as this API server sees it."""
         self._tally.inc(self._ended[reason])
         self._set_in_flight(self.num_in_flight - 1)
+
+    def prefilling(self, num_prompt_tokens: int) -> None:
+        """The prompt of a submitted sequence is to be computed; less than 0: that is over, by a token or its end."""
+        self.num_prefill_tokens += num_prompt_tokens
+        assert self.num_prefill_tokens >= 0, "more prompt tokens were computed than submitted"
+        self._tally.set(self._prefill_tokens, self.num_prefill_tokens)
 
     def first_token(self, seconds: float) -> None:
         """A request's first token came, so long after the request."""

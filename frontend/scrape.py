@@ -14,16 +14,17 @@ from typing import Final
 
 import numpy as np
 
+from frontend.admission import InFlight
 from frontend.exporter import Exportable, Exporter
+from frontend.pool import cache_config
+from frontend.scrape_request import ScrapeRequest
 from metrics.deployment import API_SERVER, ENGINE, ROLES, SUPERVISOR, Deployment, Facts
 from metrics.exposition import (
     PROCESS_SCOPES,
-    Format,
     Part,
     Renderer,
     Template,
     add_up,
-    choose_format,
     scrape_part,
 )
 from metrics.layout import Layout, Shape, build_layout
@@ -33,7 +34,7 @@ from metrics.store import StoreError, TallyReader, TallyReading, tally_path
 
 Engines = Mapping[int, Exportable]
 
-IN_FLIGHT: Final = "wholebatch:api_server_requests_in_flight"
+IN_FLIGHT: Final = ("wholebatch:api_server_requests_in_flight", "wholebatch:api_server_prefill_tokens")
 
 
 class Layouts:
@@ -47,10 +48,10 @@ class Layouts:
         return self._by_role[role]
 
     @cached_property
-    def in_flight_cells(self) -> list[int]:
-        """Of an API server's tally: the gauge of each engine."""
-        layout = self[API_SERVER]
-        return [layout.cell(IN_FLIGHT, engine=str(engine)) for engine in range(self.shape.num_engines)]
+    def in_flight_cells(self) -> list[list[int]]:
+        """Of an API server's tally: sequences and prompt tokens in flight, the gauges of each engine."""
+        layout, engines = self[API_SERVER], range(self.shape.num_engines)
+        return [[layout.cell(name, engine=str(engine)) for engine in engines] for name in IN_FLIGHT]
 
 
 class ProcessTally:
@@ -114,48 +115,59 @@ class Scrape:
         ]
         own = layouts[API_SERVER]
         self._own = ProcessTally(directory, API_SERVER, index, own, label=None, log_stats=log_stats)
-        self._cache_config = _cache_config(facts)
+        self._cache_config = cache_config(facts)
 
     @property
     def num_engines(self) -> int:
         return len(self._engines)
 
-    async def whole(self, accept: str) -> tuple[bytes, str]:
-        """(body, content type) for the whole deployment."""
+    async def whole(self, asked: ScrapeRequest) -> bytes:
+        """The body for the whole deployment."""
         engines = range(self.num_engines)
         found = await asyncio.gather(*(self._exporter.series(engine) for engine in engines))
         exportable = {engine: one for engine, one in zip(engines, found, strict=True) if one is not None}
-        form = choose_format(accept)
         return self._render(
-            exportable, lambda fresh: [*self._shared_parts(), *self._engine_parts(fresh, engines)], form
+            exportable, lambda fresh: [*self._shared_parts(), *self._engine_parts(fresh, engines)], asked
         )
 
-    async def engine(self, engine: int, accept: str) -> tuple[bytes, str]:
-        """(body, content type) for one engine's series alone."""
+    async def engine(self, engine: int, asked: ScrapeRequest) -> bytes:
+        """The body for one engine's series alone."""
         found = await self._exporter.series(engine)
         exportable = {} if found is None else {engine: found}
-        return self._render(exportable, lambda fresh: self._engine_parts(fresh, [engine]), choose_format(accept))
+        return self._render(exportable, lambda fresh: self._engine_parts(fresh, [engine]), asked)
 
-    def own(self, accept: str) -> tuple[bytes, str]:
-        """(body, content type) for this process alone."""
+    def processes(self, asked: ScrapeRequest) -> bytes:
+        """The body for the process series of engines and the supervisor, which have no port of their own."""
+        parts = [part for process in self._processes if process.role != API_SERVER for part in self._process(process)]
+        return self._render({}, lambda fresh: parts, asked)
+
+    def own(self, asked: ScrapeRequest) -> bytes:
+        """The body for this process alone, without an engine's series."""
+        return self._render({}, lambda fresh: self._own_parts(), asked)
+
+    def admin(self, asked: ScrapeRequest) -> bytes:
+        """The body for this process and the engines whose exporter it is."""
         held = {engine: self._exporter.held(engine) for engine in range(self.num_engines)}
         exportable = {engine: one for engine, one in held.items() if one is not None}
-        form = choose_format(accept)
-        return self._render(exportable, lambda fresh: [*self._own_parts(), *self._engine_parts(fresh, [*fresh])], form)
+        return self._render(exportable, lambda fresh: [*self._own_parts(), *self._engine_parts(fresh, [*fresh])], asked)
 
-    def num_in_flight(self) -> int:
-        """Sequences that all API servers together wait for."""
-        cells = self._layouts.in_flight_cells
-        alive = [reading for reading, is_alive in self._readings(API_SERVER) if is_alive]
-        return int(sum(reading.cells[cells].sum() for reading in alive))
+    def in_flight(self, *, including_own: bool = True) -> InFlight:
+        """What all API servers that live, or all others, wait for, by their last commits."""
+        total = np.zeros(2)
+        for process in self._processes:
+            is_wanted = process.role == API_SERVER and (including_own or process.index != self._index)
+            reading = process.read() if is_wanted else None
+            if reading is not None and self._is_alive(process.role, process.index, reading):
+                total += reading.cells[self._layouts.in_flight_cells].sum(axis=1)
+        return InFlight(*total.tolist())
 
-    def _render(self, engines: Engines, parts: Callable[[Engines], Sequence[Part]], form: Format) -> tuple[bytes, str]:
-        """P2: an engine whose lease has run out by now, or by the time the text is ready, is left out."""
+    def _render(self, engines: Engines, parts: Callable[[Engines], Sequence[Part]], asked: ScrapeRequest) -> bytes:
+        """P2: an engine whose lease has run out by now, or by the time the body is ready, is left out."""
         while True:
             fresh = self._fresh(engines)
-            body = self._renderer.render(parts(fresh), form)
+            body = asked.body(self._renderer.render(parts(fresh), asked.form))
             if len(self._fresh(fresh)) == len(fresh):
-                return body, form.content_type
+                return body
             engines = fresh
 
     def _fresh(self, engines: Engines) -> Engines:
@@ -179,6 +191,12 @@ class Scrape:
         cells, created_unix = add_up(self._layouts[API_SERVER], tallies)
         return [self._requests.part(cells, created_unix), *parts]
 
+    def _process(self, process: ProcessTally) -> list[Part]:
+        reading = process.read()
+        if reading is None:
+            return []
+        return [process.part(reading, self._is_alive(process.role, process.index, reading))]
+
     def _own_parts(self) -> list[Part]:
         parts = [scrape_part([("python_info", python_info(), 1.0)])]
         reading = self._own.read()
@@ -197,11 +215,6 @@ class Scrape:
             parts.append(self._engines[engine].part(cells, one.snapshot.created_unix))
         return parts
 
-    def _readings(self, role: str) -> list[tuple[TallyReading, bool]]:
-        """(reading, whether its process lives) of every index of a role."""
-        found = ((process, process.read()) for process in self._processes if process.role == role)
-        return [(r, self._is_alive(process.role, process.index, r)) for process, r in found if r is not None]
-
     def _is_alive(self, role: str, index: int, reading: TallyReading) -> bool:
         """Whether the incarnation that wrote it is the newest one, and runs."""
         if role == API_SERVER and index == self._index:
@@ -209,15 +222,3 @@ class Scrape:
         table = self._table()
         entry = None if table is None else table.find(role, index)
         return entry is not None and entry.incarnation == reading.incarnation and entry.state != "ended"
-
-
-def _cache_config(facts: Facts) -> dict[str, str]:
-    num_tokens = facts.block_size * facts.num_gpu_blocks
-    return {
-        "block_size": str(facts.block_size),
-        "num_gpu_blocks": str(facts.num_gpu_blocks),
-        "cache_dtype": facts.cache_dtype,
-        "enable_prefix_caching": str(facts.enable_prefix_caching),
-        "kv_cache_size_tokens": str(num_tokens),
-        "kv_cache_max_concurrency": f"{num_tokens / facts.max_model_len:.2f}",
-    }

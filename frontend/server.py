@@ -180,7 +180,6 @@ def main(arguments: list[str] | None = None) -> int:
     setproctitle.setproctitle(f"wholebatch api-server {config.index}")
     name = f"api-server-{config.index}"
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s level=%(levelname)s process={name} %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the supervisor too, and it decides
 
     async def serve() -> int:
         return await Server(config, Lifeline(config.lifeline_fd)).run()

@@ -13,12 +13,15 @@ from typing import Final
 
 import zmq
 
+from frontend.admission import Admission, InFlight, Limits
+from frontend.bulkhead import Bulkhead
 from frontend.config import ServerConfig
 from frontend.deployment_view import DeploymentView
 from frontend.engine_client import EngineClients, Identity
 from frontend.exporter import Exporter, boottime
 from frontend.group_commit import GroupCommit
 from frontend.openai import OpenAIService
+from frontend.pool import Figures, Pool
 from frontend.request_record import RequestRecord
 from frontend.scrape import Layouts, Scrape
 from frontend.tokenizer import Tokenizer
@@ -45,19 +48,29 @@ class Serving:
         layouts = Layouts(config.shape(facts.max_model_len))
         identity = Identity(index=config.index, incarnation=config.incarnation)
         self._view = view
-        self._has_logged_fault = False
         self._num_rejected_tables = 0
         self._store = _open_store(config, layouts)
         self.record = RequestRecord(self._store.tally, layouts[API_SERVER], config.num_engines)
         self.record.close_books()
-        self.group = GroupCommit(self._store.commit, self._on_commit_fault)
+        self._bulkhead = Bulkhead(self.record)
+        self.group = GroupCommit(self._store.commit, lambda error: self._bulkhead.caught("commit", error))
         self.group.now()
-        self.clients = EngineClients(context, config.directory, identity, self.record, self.group)
+        self._admission = Admission(
+            Limits(max_num_queued_reqs=config.max_num_queued_reqs, max_num_queued_tokens=config.max_num_queued_tokens),
+            own=self._own_in_flight,
+            others=lambda: self.scrape.in_flight(including_own=False),
+            on_rejected=self._on_rejected,
+            clock=time.monotonic,
+        )
+        self.clients = EngineClients(
+            context, config.directory, identity, self.record, self.group, admit=self._admission.check
+        )
         self.exporter = Exporter(
             context,
             config.directory,
             identity,
             self.record,
+            self._bulkhead,
             layouts[ENGINE],
             lease_s=config.lease_s,
             admin_addresses=config.admin_addresses,
@@ -82,15 +95,21 @@ class Serving:
         )
         self._process = ProcessMetrics(self._store.tally)
         self._housekeeping = asyncio.create_task(self._keep_house())
-        view.subscribe(self.clients.on_deployment)
+        self.pool = Pool(layouts[ENGINE], facts)
+        self._unsubscribe = view.subscribe(self.clients.on_deployment)
 
     @property
     def is_busy(self) -> bool:
         return any(engine.num_in_flight for engine in self.record.engines)
 
+    def pool_figures(self) -> Figures | None:
+        """Of the engines heard; the same in every API server."""
+        return self.pool.figures(self.exporter.heard())
+
     async def close(self) -> None:
         """After the last request: leave the engines, commit, let go of everything."""
         self._housekeeping.cancel()
+        self._unsubscribe()
         self.clients.close()
         await self.exporter.close()
         self.group.now()
@@ -98,18 +117,21 @@ class Serving:
 
     async def _keep_house(self) -> None:
         while True:
-            self._process.update()
+            with self._bulkhead.around("process"):
+                self._process.update()
             while self._num_rejected_tables < self._view.num_rejected:
                 self._num_rejected_tables += 1
                 self.record.wire_rejected("deployment")
             self.group.now()
             await asyncio.sleep(HOUSEKEEPING_S)
 
-    def _on_commit_fault(self, error: Exception) -> None:
-        self.record.fault("commit")
-        if not self._has_logged_fault:
-            self._has_logged_fault = True
-            log.error("event=bulkhead where=commit error=%r further=counted_only", str(error))
+    def _own_in_flight(self) -> InFlight:
+        engines = self.record.engines
+        return InFlight(sum(e.num_in_flight for e in engines), sum(e.num_prefill_tokens for e in engines))
+
+    def _on_rejected(self, limit: str) -> None:
+        self.record.rejected(limit)
+        self.group.soon()
 
 
 def _open_store(config: ServerConfig, layouts: Layouts) -> TallyStore:

@@ -330,7 +330,9 @@ def _header(metric: Metric, is_openmetrics: bool) -> str:
     text = metric.help.replace("\\", r"\\").replace("\n", r"\n")
     if is_openmetrics:
         text = text.replace('"', r"\"")
-    return f"# HELP {name} {text}\n# TYPE {name} {metric.kind}\n"
+    header = f"# HELP {name} {text}\n# TYPE {name} {metric.kind}\n"
+    has_unit = is_openmetrics and metric.unit and name.endswith(f"_{metric.unit}")  # the format wants it in the name
+    return f"{header}# UNIT {name} {metric.unit}\n" if has_unit else header
 
 
 def _family_name(metric: Metric) -> str:

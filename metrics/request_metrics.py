@@ -198,6 +198,12 @@ REQUEST_METRICS: Final = (
         "Sequences that API servers have sent to the engine and still wait for.",
     ),
     _request(
+        GAUGE,
+        "wholebatch:api_server_prefill_tokens",
+        "tokens",
+        "Prompt tokens of the sequences in flight that have had no token yet, as API servers see it.",
+    ),
+    _request(
         COUNTER,
         "wholebatch:stale_snapshots_total",
         "snapshots",

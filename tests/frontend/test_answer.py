@@ -31,6 +31,7 @@ class Books:
         self.ended_sequences: Counter[str] = Counter()
         self.ended_requests: Counter[str] = Counter()
         self.aborted: list[int] = []
+        self.num_prefill_tokens = 0
 
     def abort(self, request_ids: Sequence[int], reason: str) -> None:
         self.aborted += request_ids
@@ -38,6 +39,9 @@ class Books:
     def forget(self, request_id: int) -> None: ...
 
     def submitted(self) -> None: ...
+
+    def prefilling(self, num_prompt_tokens: int) -> None:
+        self.num_prefill_tokens += num_prompt_tokens
 
     def first_token(self, seconds: float) -> None: ...
 

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from frontend.exporter import Exportable, boottime
+from frontend.scrape_request import scrape_request
 from metrics.deployment import API_SERVER
 from tests.frontend.deployments import Deployed, Node, make_table, total, until
 
+PLAIN = scrape_request("", "", [])
 GENERATED = "vllm:generation_tokens_total"
 
 
@@ -61,7 +63,7 @@ async def test_admin_ports_sum_to_the_public_port(deploy: Any):
 async def test_process_series_are_labelled_on_the_public_port_and_not_on_an_admin_port(deploy: Any):
     deployed = await deploy(2)
     node = deployed.nodes[1]
-    await until(lambda: deployed.nodes[0].serving.scrape.own("")[0].count(b"process_open_fds 0.0") == 0)
+    await until(lambda: deployed.nodes[0].serving.scrape.own(PLAIN).count(b"process_open_fds 0.0") == 0)
     name = "process_resident_memory_bytes"
     whole = await node.scrape()
     assert {dict(labels)["process"] for have, labels in whole if have == name} == {"api-server-0", "api-server-1"}

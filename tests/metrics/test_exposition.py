@@ -68,6 +68,8 @@ def oracle(parts: list[tuple[str, tuple[Scope, ...], dict[str, str], np.ndarray,
             elif not metric.has_model:
                 labels.pop("model_name", None)
             family = families.setdefault(metric.name, kinds[metric.kind](metric.name, metric.help))
+            if family.name.endswith(f"_{metric.unit}"):
+                family.unit = metric.unit
             before = len(family.samples)
             names = list(labels)
             given_values = list(labels.values())
@@ -162,6 +164,9 @@ def test_openmetrics_is_accepted_by_a_strict_parser_and_keeps_colons():
     assert {"vllm:iteration_tokens_total", "vllm:prompt_tokens", "wholebatch:exporter_up"} <= names
     assert not any(name.startswith(("vllm_", "wholebatch_")) for name in names)
     assert 'wholebatch:iterations_created{engine="0"' in body
+    assert "\n# UNIT vllm:time_to_first_token_seconds seconds\n" in body
+    assert "\n# UNIT vllm:generation_tokens tokens\n" in body
+    assert "# UNIT vllm:iteration_tokens_total" not in body
 
 
 def test_each_family_stands_once_though_several_parts_carry_it():
