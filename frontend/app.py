@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -22,7 +22,6 @@ from frontend.deployment_view import DeploymentView
 from frontend.discovery import OWN_PATH, PROCESSES_PATH, targets
 from frontend.errors import EngineUnavailable, NotFound, Unauthorized, error_middleware
 from frontend.exporter import LEASE_HEADER, boottime
-from frontend.pool import load_report
 from frontend.scrape_request import ScrapeRequest, scrape_request
 from frontend.serving import Serving
 from metrics.deployment import API_SERVER, Deployment
@@ -230,11 +229,9 @@ def _load_report(state: State) -> Any:
         serving = state.serving
         if asked is None or serving is None or response.status != 200 or request.path not in ORCA_ROUTES:
             return
-        with suppress(Exception), _bulkhead(serving):  # P8: the answer goes out without
-            figures = serving.pool_figures()
-            report = None if figures is None else load_report(asked, figures)
-            if report is not None:
-                response.headers[ORCA_RESPONSE_HEADER] = report
+        report = serving.load_report(asked)
+        if report is not None:
+            response.headers[ORCA_RESPONSE_HEADER] = report
 
     return add
 

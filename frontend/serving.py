@@ -21,7 +21,7 @@ from frontend.engine_client import EngineClients, Identity
 from frontend.exporter import Exporter, boottime
 from frontend.group_commit import GroupCommit
 from frontend.openai import OpenAIService
-from frontend.pool import Figures, Pool
+from frontend.pool import Figures, Pool, load_report
 from frontend.request_record import RequestRecord
 from frontend.scrape import Layouts, Scrape
 from frontend.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ class Serving:
         self._admission = Admission(
             Limits(max_num_queued_reqs=config.max_num_queued_reqs, max_num_queued_tokens=config.max_num_queued_tokens),
             own=self._own_in_flight,
-            others=lambda: self.scrape.in_flight(including_own=False),
+            others=self._others_in_flight,
             on_rejected=self._on_rejected,
             clock=time.monotonic,
         )
@@ -106,6 +106,13 @@ class Serving:
         """Of the engines heard; the same in every API server."""
         return self.pool.figures(self.exporter.heard())
 
+    def load_report(self, asked: str) -> str | None:
+        """The pool's figures for the answer to a request; None where there are none or no such format."""
+        with self._bulkhead.around("scrape"):
+            figures = self.pool_figures()
+            return None if figures is None else load_report(asked, figures)
+        return None
+
     async def close(self) -> None:
         """After the last request: leave the engines, commit, let go of everything."""
         self._housekeeping.cancel()
@@ -128,6 +135,11 @@ class Serving:
     def _own_in_flight(self) -> InFlight:
         engines = self.record.engines
         return InFlight(sum(e.num_in_flight for e in engines), sum(e.num_prefill_tokens for e in engines))
+
+    def _others_in_flight(self) -> InFlight:
+        with self._bulkhead.around("scrape"):
+            return self.scrape.in_flight(including_own=False)
+        return InFlight(0, 0)
 
     def _on_rejected(self, limit: str) -> None:
         self.record.rejected(limit)

@@ -6,8 +6,8 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from aiohttp.test_utils import TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import wire
-from engine.wire import Finish, Output, Outputs, Start, Submit
+from engine.wire import Finish, Hello, Output, Outputs, Start, Submit
 from frontend.app import State, admin_app, public_app
 from frontend.config import ServerConfig, server_config_from_json
 from frontend.deployment_view import DeploymentView
@@ -276,3 +276,33 @@ class Deployed:
             for beacon in self.beacons:
                 beacon.turn()
             await asyncio.sleep(0.01)
+
+
+# --- one node, and a client of it ---
+
+COMPLETION = {"prompt": [1, 2, 3], "max_tokens": 4}
+
+
+async def ask(node: Node, method: str, path: str, **arguments: Any) -> tuple[int, Any, dict[str, str]]:
+    """(status, JSON or text, headers)"""
+    async with ClientSession() as session, session.request(method, node.public.make_url(path), **arguments) as answer:
+        text = await answer.text()
+        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
+        return answer.status, json.loads(text) if is_json else text, dict(answer.headers)
+
+
+async def one(deploy: Any, **changes: Any) -> Node:
+    deployed = await deploy(1, **changes)
+    return deployed.nodes[0]
+
+
+@asynccontextmanager
+async def engine_of(node: Node) -> AsyncIterator[FakeEngine]:
+    """An engine that the node has said Hello to."""
+    engine = FakeEngine(node.state.config.directory, 1)
+    try:
+        node.serving.clients.on_deployment(make_table(2, (ENGINE, 0, 1, "ready")))
+        assert isinstance(await engine.receive(), Hello)
+        yield engine
+    finally:
+        engine.close()

@@ -14,8 +14,9 @@ import zmq
 
 from engine import wire
 from engine.wire import Abort, Goodbye, Hello, SamplingParams
+from frontend import engine_client
 from frontend.engine_client import Delta, EngineClients, Generation, Identity
-from frontend.errors import EngineLost, EngineUnavailable
+from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests
 from frontend.group_commit import GroupCommit
 from frontend.request_record import RequestRecord
 from metrics.deployment import API_SERVER, ENGINE, Deployment, ProcessEntry
@@ -118,6 +119,45 @@ async def test_without_a_ready_engine_a_request_is_refused_and_not_counted(bench
     with pytest.raises(EngineUnavailable):
         await bench.submit()
     assert bench.count("wholebatch:sequences_submitted_total") == 0
+
+
+async def test_a_request_that_the_engine_cannot_be_sent_is_refused_and_counted_as_that_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine_client, "SEND_HWM", 1)
+    bench.table(1, "ready")  # there is nobody to read: Hello takes the only place
+    with pytest.raises(TooManyRequests) as caught:
+        await bench.submit()
+    assert (caught.value.status, caught.value.code, caught.value.headers) == (429, "queue_full", {"Retry-After": "1"})
+    cell = LAYOUT.cell("vllm:admission_rejections_total", reason="max_num_queued_reqs")
+    assert bench.tally.cells[cell] == 1
+    assert bench.count("wholebatch:sequences_submitted_total") == bench.in_flight() == 0
+
+
+async def test_after_its_end_it_says_hello_to_nobody(bench: Bench):
+    async with bench.engine():
+        bench.clients.close()
+        bench.table(1, "ready")
+        assert not bench.clients.has_ready_engine
+        assert bench.clients._connections == [None]
+
+
+async def test_prompts_are_in_prefill_until_the_first_token_or_the_end_of_their_sequence(bench: Bench):
+    def prefilling() -> float:
+        return bench.count("wholebatch:api_server_prefill_tokens")
+
+    async with bench.engine() as engine:
+        generation, other = await bench.submit(n=2), await bench.submit()
+        submits = await engine.receive_submits(3)
+        assert prefilling() == 9
+        await engine.send(output(submits[0], 0, [7]))
+        await until(lambda: prefilling() == 6)
+        await engine.send(output(submits[0], 1, [8], finish()), output(submits[1], 0, [8], finish()))
+        await until(lambda: prefilling() == 3)
+        other.close()
+        assert prefilling() == 0
+        generation.close()
+        assert prefilling() == 0
 
 
 async def test_a_request_is_counted_committed_and_sent_to_the_incarnation_that_is_ready(bench: Bench):

@@ -32,6 +32,8 @@ def test_a_configuration_is_read_as_it_was_written():
         ({"log_stats": 1}, "log_stats"),
         ({"directory": ""}, "directory"),
         ({"max_model_len": 0}, "max_model_len"),
+        ({"max_num_queued_reqs": 0}, "max_num_queued_reqs"),
+        ({"max_num_queued_tokens": "9"}, "max_num_queued_tokens"),
         ({"admin_addresses": []}, "admin_addresses"),
         ({"admin_addresses": [["a"]]}, "list"),
         ({"served_model_names": []}, "served_model_names"),
@@ -42,6 +44,13 @@ def test_a_configuration_is_read_as_it_was_written():
 def test_what_the_supervisor_would_not_write_is_refused_by_name(changes: dict[str, Any], named: str):
     with pytest.raises(ConfigError, match=named):
         server_config_from_json(json.dumps(raw(**changes)))
+
+
+def test_limits_of_the_queue_may_be_left_out():
+    fields = raw(max_num_queued_reqs=5)
+    del fields["max_num_queued_tokens"]
+    config = server_config_from_json(json.dumps(fields))
+    assert (config.max_num_queued_reqs, config.max_num_queued_tokens) == (5, None)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "3"])

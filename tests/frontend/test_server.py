@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from aiohttp import ClientSession
 
-from engine.wire import Abort, Hello
+from engine.wire import Abort
 from frontend.app import MAX_BODY_BYTES
 from frontend.errors import EngineUnavailable
 from frontend.serving import Serving
 from metrics.deployment import API_SERVER, ENGINE
-from tests.frontend.deployments import FakeEngine, Node, finish, make_table, output, total
-
-COMPLETION = {"prompt": [1, 2, 3], "max_tokens": 4}
-
-
-async def ask(node: Node, method: str, path: str, **arguments: Any) -> tuple[int, Any, dict[str, str]]:
-    """(status, JSON or text, headers)"""
-    async with ClientSession() as session, session.request(method, node.public.make_url(path), **arguments) as answer:
-        text = await answer.text()
-        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
-        return answer.status, json.loads(text) if is_json else text, dict(answer.headers)
-
-
-async def one(deploy: Any, **changes: Any) -> Node:
-    deployed = await deploy(1, **changes)
-    return deployed.nodes[0]
+from tests.frontend.deployments import COMPLETION, Node, ask, engine_of, finish, make_table, one, output, total
 
 
 def without_facts(node: Node) -> Serving:
@@ -173,18 +155,6 @@ async def test_a_scrape_that_fails_is_counted_and_the_next_one_answers(deploy: A
 
 
 # --- with an engine behind ---
-
-
-@asynccontextmanager
-async def engine_of(node: Node) -> AsyncIterator[FakeEngine]:
-    """An engine that the node has said Hello to."""
-    engine = FakeEngine(node.state.config.directory, 1)
-    try:
-        node.serving.clients.on_deployment(make_table(2, (ENGINE, 0, 1, "ready")))
-        assert isinstance(await engine.receive(), Hello)
-        yield engine
-    finally:
-        engine.close()
 
 
 async def test_an_answer_goes_the_whole_way_and_every_token_of_it_is_counted_before_it_is_seen(deploy: Any):
