@@ -78,6 +78,8 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
         )
     except ModelError as error:
         raise CannotServeError(str(error)) from error
+    except MemoryError as error:
+        raise CannotServeError(f"{config.model.path}: not enough memory: {error}") from error
 
 
 def _num_threads(num_engines: int) -> int:

@@ -48,7 +48,8 @@ class Engine:
         self.loop = EngineLoop(self.config, core, recorder, self.store, self.router, self.shared, faults)
 
     def connect(self, index: int, incarnation: int = 1) -> ApiServer:
-        return ApiServer(self, index, incarnation)
+        endpoint = wire.work_endpoint(self.directory, 0, self.config.incarnation)
+        return ApiServer(self, index, incarnation, endpoint)
 
     def count(self, name: str, **labels: str) -> float:
         """As a reader of the file sees it: committed."""
@@ -62,14 +63,15 @@ class Engine:
 
 
 class ApiServer:
-    def __init__(self, engine: Engine, index: int, incarnation: int) -> None:
+    def __init__(self, engine: Engine, index: int, incarnation: int, endpoint: str, hwm: int = 1000) -> None:
         self.engine = engine
         self.received = 0
         self.pair = (index, incarnation)
         self.socket = engine.context.socket(zmq.DEALER)
         self.socket.set(zmq.ROUTING_ID, wire.identity(index, incarnation))
         self.socket.set(zmq.LINGER, 0)
-        self.socket.connect(wire.work_endpoint(engine.directory, 0, engine.config.incarnation))
+        self.socket.set(zmq.RCVHWM, hwm)
+        self.socket.connect(endpoint)
 
     def send(self, *messages: Hello | Submit | Abort | bytes) -> None:
         for message in messages:
@@ -268,12 +270,7 @@ def test_who_takes_no_more_is_given_up_and_told_so_when_there_is_room(directory:
     monkeypatch.setattr("engine.loop.SEND_HWM", 2)
     engine = Engine(directory)
     engine.router.bind("inproc://direct")  # no buffers of a kernel between the two
-    frozen = engine.connect(0)
-    frozen.socket.close(linger=0)
-    frozen.socket = engine.context.socket(zmq.DEALER)
-    frozen.socket.set(zmq.ROUTING_ID, wire.identity(0, 1))
-    frozen.socket.set(zmq.RCVHWM, 2)
-    frozen.socket.connect("inproc://direct")
+    frozen = ApiServer(engine, 0, 1, "inproc://direct", hwm=2)
     frozen.hello()
     frozen.submit(1, max_tokens=400)
     turns_until(engine, "wholebatch:sequences_finished_total", 1, finished_reason="abort")
@@ -365,6 +362,16 @@ def test_a_model_that_cannot_be_served_is_reported_with_its_line(directory: str)
     code, reports = run_main(directory, refuse)
     assert code == 2
     assert reports == [Failed(message="/nowhere: no such file or directory")]
+
+
+def test_a_cache_larger_than_memory_is_refused_with_its_line(directory: str, monkeypatch: pytest.MonkeyPatch):
+    def reserve(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 9 PiB")
+
+    monkeypatch.setattr("engine.runner.TorchRunner.load", reserve)
+    code, reports = run_main(directory, load_runner)
+    assert code == 2
+    assert reports == [Failed(message="/nowhere: not enough memory: Unable to allocate 9 PiB")]
 
 
 def test_no_room_for_the_tally_is_a_failure_that_may_pass(directory: str):
