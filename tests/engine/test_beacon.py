@@ -150,6 +150,34 @@ def test_who_beats_and_hears_is_granted_and_keeps_the_grant(air: Air):
         air.beat(1, snapshot.position)
 
 
+def test_the_first_who_is_live_is_granted_within_a_publish_interval_however_idle_the_engine_is(air: Air):
+    heard = air.snapshot()
+    air.beat(0, heard.position)
+    sent = air.count("wholebatch:snapshots_total", result="sent")
+    air.turn(0.001)
+    air.turn(0.05)
+    assert air.count("wholebatch:snapshots_total", result="sent") == sent + 1
+    assert air.beacon._granter.grant is not None
+    assert air.beacon._granter.grant.names(0, 1)
+
+
+def test_who_does_not_hear_makes_nobody_publish_more_than_once_an_interval(air: Air):
+    air.snapshot()
+    sent = air.count("wholebatch:snapshots_total", result="sent")
+    for _ in range(100):
+        air.beat(0, NOWHERE)
+        air.turn(0.001)
+    assert air.count("wholebatch:snapshots_total", result="sent") <= sent + 2
+
+
+def test_sockets_that_cannot_be_bound_are_an_error_of_the_one_who_starts(air: Air, tmp_path):
+    config = make_config(str(tmp_path / "nowhere"))
+    _, childs = make_lifeline()
+    beacon = Beacon(config, air.layout, air.store, air.shared, Lifeline(childs.detach()))
+    with pytest.raises(broadcast.BroadcastError, match="nowhere"):
+        beacon.start()
+
+
 def test_who_does_not_hear_is_never_granted(air: Air):
     for _ in range(10):
         air.beat(0, NOWHERE)

@@ -9,7 +9,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.supervision import Action, Exit, Kill, Patience, Spawn, Supervision
+from engine.supervision import (
+    DRAIN_MARGIN_S,
+    ENGINE_END_S,
+    MAX_BACKOFF_S,
+    Action,
+    Exit,
+    Kill,
+    Patience,
+    Spawn,
+    Supervision,
+)
 from metrics.deployment import API_SERVER, ENGINE, Alive, Facts, Failed, Ready
 
 FACTS = Facts(
@@ -248,6 +258,38 @@ def test_who_does_not_end_in_time_is_killed():
     assert world.killed() == [(API_SERVER, 1), (ENGINE, 0)]
 
 
+def test_a_drain_is_given_the_time_that_the_whole_host_stood_still():
+    world = World().start()
+    world.obey(world.machine.on_signal(world.now))
+    world.live(10)
+    world.tick(500)
+    world.live(24)
+    assert not world.killed()
+    world.live(2)
+    assert sorted(world.killed()) == [(API_SERVER, 0), (API_SERVER, 1)]
+
+
+def test_an_api_server_that_fails_before_anything_served_says_why():
+    world = World()
+    world.tick()
+    world.report(ENGINE, 0, Ready(facts=FACTS))
+    world.report(API_SERVER, 0, Failed(message="no tokenizer"))
+    for role, index in list(world.running):
+        world.end(role, index)
+    assert world.exit == Exit(2, "no tokenizer")
+
+
+def test_an_engine_that_was_ready_may_fail_again_four_times_but_not_five():
+    world = World().start()
+    for _ in range(5):
+        world.end(ENGINE, 0)
+        world.tick(5.1)
+        assert not world.machine.is_stopping
+    world.end(ENGINE, 0)
+    assert world.machine.is_stopping
+    assert "ended 5 times" in world.signals[-1].why
+
+
 def test_a_second_signal_kills_at_once():
     world = World().start()
     world.obey(world.machine.on_signal(world.now))
@@ -274,6 +316,9 @@ class AnyLife(RuleBasedStateMachine):
         self.seen = _Seen()
         self.last = dict.fromkeys(self.world.machine._children, 0)
         self.num_spawned = 0
+        self.has_served = False
+        self.failures: dict[tuple[str, int], int] = {}  # ends without getting ready, in a row
+        self.code: int | None = None  # of the exit, from the first reason for it
 
     @property
     def ends(self) -> bool:
@@ -300,19 +345,36 @@ class AnyLife(RuleBasedStateMachine):
             "busy": Alive(progress=1, is_busy=True),
             "failed": Failed(message="no"),
         }
+        if kind == "failed" and not self.has_served and self.code is None:
+            self.code = 2
         self.world.report(*key, reports.get(kind, Ready(facts=facts)))
+        if self.world.machine.table().find(*key).state == "ready":
+            self.failures[key] = 0
 
     @rule(number=st.integers(0, 9))
     @precondition(lambda self: not self.ends)
     def end(self, number: int) -> None:
         key = self.pick(number)
-        if key is not None:
-            self.world.end(*key)
+        if key is None:
+            return
+        state = self.world.machine.table().find(*key).state
+        self.failures[key] = self.failures.get(key, 0) + 1 if state == "starting" else 0
+        if key[0] == ENGINE and self.failures[key] == 5 and self.code is None:
+            self.code = 1
+        self.world.end(*key)
 
     @rule()
     @precondition(lambda self: not self.ends)
     def signal(self) -> None:
+        self.code = 0 if self.code is None else self.code
         self.world.obey(self.world.machine.on_signal(self.world.now))
+
+    @invariant()
+    def an_exit_has_the_code_of_the_first_reason_for_it(self) -> None:
+        self.has_served = self.has_served or self.world.machine.is_serving
+        assert self.world.machine.is_stopping == (self.code is not None)
+        if self.world.exit is not None:
+            assert self.world.exit.code == self.code
 
     @invariant()
     def incarnations_grow_by_one(self) -> None:
@@ -337,11 +399,16 @@ class AnyLife(RuleBasedStateMachine):
         assert running == self.world.running
 
     def teardown(self) -> None:
-        """A stop comes to its end, even if nobody does as he is told before he is killed."""
+        """What has ended runs again after at most the longest back-off. A stop comes to its end within its bounds,
+        even if nobody does as he is told before he is killed."""
         if not hasattr(self, "world") or self.ends:
             return
+        if not self.world.machine.is_stopping:
+            self.world.tick(MAX_BACKOFF_S)
+            assert self.world.running.keys() == self.last.keys()
         self.world.obey(self.world.machine.on_signal(self.world.now))
-        for _ in range(200):
+        bound = PATIENCE.drain_timeout_s + DRAIN_MARGIN_S + ENGINE_END_S
+        for _ in range(round(bound) + 3):
             if self.ends:
                 return
             self.world.tick(1.0)
