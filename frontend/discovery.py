@@ -1,6 +1,7 @@
 """The scrape targets of a deployment, for Prometheus' HTTP service discovery. Pure.
 
-Together they have every series of the public port's `/metrics` once, each under an `instance` that stays the same:
+Together they have every series of the public port's `/metrics` once, with the same labels, each under an `instance`
+that stays the same:
 
     api-server-I   /metrics/own         on its admin port: its own series, none of an engine's
     engine-K       /metrics/engine/K    on the public port, whichever API server exports the engine at the time

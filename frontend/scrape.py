@@ -113,8 +113,9 @@ class Scrape:
             ProcessTally(directory, role, i, layouts[role], label=f"{role}-{i}", log_stats=log_stats)
             for role, i in indices
         ]
-        own = layouts[API_SERVER]
-        self._own = ProcessTally(directory, API_SERVER, index, own, label=None, log_stats=log_stats)
+        layout = layouts[API_SERVER]
+        self._labelled_own = self._processes[index]
+        self._own = ProcessTally(directory, API_SERVER, index, layout, label=None, log_stats=log_stats)
         self._cache_config = cache_config(facts)
 
     @property
@@ -142,14 +143,16 @@ class Scrape:
         return self._render({}, lambda fresh: parts, asked)
 
     def own(self, asked: ScrapeRequest) -> bytes:
-        """The body for this process alone, without an engine's series."""
-        return self._render({}, lambda fresh: self._own_parts(), asked)
+        """The body for this process alone, without an engine's series; labelled as on the public port."""
+        return self._render({}, lambda fresh: self._own_parts(self._labelled_own), asked)
 
     def admin(self, asked: ScrapeRequest) -> bytes:
         """The body for this process and the engines whose exporter it is."""
         held = {engine: self._exporter.held(engine) for engine in range(self.num_engines)}
         exportable = {engine: one for engine, one in held.items() if one is not None}
-        return self._render(exportable, lambda fresh: [*self._own_parts(), *self._engine_parts(fresh, [*fresh])], asked)
+        return self._render(
+            exportable, lambda fresh: [*self._own_parts(self._own), *self._engine_parts(fresh, [*fresh])], asked
+        )
 
     def in_flight(self, *, including_own: bool = True) -> InFlight:
         """What all API servers that live, or all others, wait for, by their last commits."""
@@ -197,11 +200,11 @@ class Scrape:
             return []
         return [process.part(reading, self._is_alive(process.role, process.index, reading))]
 
-    def _own_parts(self) -> list[Part]:
+    def _own_parts(self, own: ProcessTally) -> list[Part]:
         parts = [scrape_part([("python_info", python_info(), 1.0)])]
-        reading = self._own.read()
+        reading = own.read()
         if reading is not None:
-            parts += [self._requests.part(reading.cells, reading.created_unix), self._own.part(reading, True)]
+            parts += [self._requests.part(reading.cells, reading.created_unix), own.part(reading, True)]
         return parts
 
     def _engine_parts(self, fresh: Engines, engines: Sequence[int]) -> list[Part]:

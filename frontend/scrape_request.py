@@ -16,7 +16,9 @@ from typing import Final
 
 from metrics.exposition import Format, choose_format
 
-GZIP_LEVEL: Final = 1  # Measured: 2 ms for an answer of 330 kB, to 13 kB; level 6 takes 4 ms for 9 kB
+# Measured, beside the rendering: 90 kB (4 API servers) take 0.2 ms to render and 0.3 ms to become 14 kB, 520 kB
+# (64 API servers, OpenMetrics) 1.3 ms and 1.3 ms. Level 6 takes three times as long for a sixth less.
+GZIP_LEVEL: Final = 1
 _GZIP_WINDOW: Final = 31  # zlib's way to say: with a gzip header
 
 

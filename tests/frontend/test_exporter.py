@@ -69,6 +69,8 @@ async def test_process_series_are_labelled_on_the_public_port_and_not_on_an_admi
     assert {dict(labels)["process"] for have, labels in whole if have == name} == {"api-server-0", "api-server-1"}
     own = await node.scrape(of_admin=True)
     assert [labels for have, labels in own if have == name] == [frozenset()]
+    alone = await node.scrape("/metrics/own", of_admin=True)
+    assert [labels for have, labels in alone if have == name] == [frozenset({("process", "api-server-1")})]
 
 
 async def test_an_exporter_that_resigns_exports_no_more_and_another_does_without_a_gap(deploy: Any):

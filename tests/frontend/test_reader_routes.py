@@ -105,6 +105,15 @@ async def exported_again(deployed: Deployed, engine: int) -> None:
     await until(lambda: any(node.is_exporter(engine) for node in deployed.nodes))
 
 
+async def test_the_discovered_series_are_those_of_the_public_port_each_once(deploy: Any):
+    deployed = await busy(deploy)
+    whole = await deployed.nodes[1].scrape()
+    keys = [key for samples in (await discovered(deployed.nodes[0])).values() for key in samples]
+    assert set(keys) == set(whole)
+    request_scope = {key for key in await deployed.nodes[0].scrape("/metrics/own", of_admin=True) if key[1]}
+    assert {key for key in keys if keys.count(key) > 1} <= request_scope | {k for k in keys if k[0] == "python_info"}
+
+
 async def test_processes_without_a_port_have_a_target_and_api_servers_are_not_in_it(deploy: Any):
     deployed = await busy(deploy)
     samples = (await discovered(deployed.nodes[0]))["processes"]
