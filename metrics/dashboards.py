@@ -181,11 +181,7 @@ def requests() -> str:
         lines(
             "Undelivered", _by("wholebatch:undelivered_tokens_total", "reason"), unit=TOKENS_PER_SECOND, stacked=True
         ),
-        lines(
-            "HTTP answers",
-            Query(Q.rate("http_requests_total", "handler", "status"), "{{handler}} {{status}}"),
-            unit=PER_SECOND,
-        ),
+        lines("HTTP answers", _by("http_requests_total", "handler"), unit=PER_SECOND, stacked=True),
     ]
     shown = (TTFT, ITL, E2E, "http_request_duration_seconds")
     others = [m for m in histograms(Scope.REQUEST) if m.name not in shown and m.unit != "seconds"]
@@ -207,7 +203,7 @@ def statistics_plane() -> str:
         states("Incarnation", _per_engine("wholebatch:engine_incarnation", how="max")),
         lines(
             "Since an engine's series were last exported",
-            Query(f"time() - max by (engine) (max_over_time({seen}[10m:5s]))", "engine {{engine}}"),
+            Query(f"time() - max by (engine) (max_over_time({seen}[5m:1s]))", "engine {{engine}}"),
             unit=SECONDS,
         ),
         lines(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NOT_BENCHMARKS = ("__main__", "report")
+NOT_BENCHMARKS = ("__main__", "report", "dashboard_pictures")
 
 
 def main() -> int:

@@ -100,12 +100,10 @@ class Prometheus:
 
         def is_scraped() -> bool:
             targets = self.get("targets")["activeTargets"]
-            broken = [t["lastError"] for t in targets if t["lastError"]]
-            assert not broken, broken
-            times = [self.query("min(timestamp(up))").get(frozenset(), 0.0)]
-            return bool(targets) and min(times) > after
+            oldest = self.query("min(timestamp(up))").get(frozenset(), 0.0)
+            return bool(targets) and oldest > after and all(target["health"] == "up" for target in targets)
 
-        wait_for(is_scraped, "a scrape of every target", 20.0)
+        wait_for(is_scraped, "a scrape of every target", 30.0)
 
 
 @contextmanager

@@ -4,17 +4,25 @@ own dashboards finds data."""
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
+from metrics import provisioning
+from metrics.catalogue import METRICS, Kind, Scope
+from metrics.promql import SUFFIXES, TARGET_LABELS
 from tests.e2e.harness import Served, served, total, wait_for
 from tests.e2e.load import asks, run
 from tests.e2e.prometheus import (
+    GRAFANA,
     Prometheus,
     dashboard_targets,
     fill_in,
@@ -26,7 +34,11 @@ from tests.e2e.prometheus import (
 pytestmark = needs_prometheus
 
 MODEL = "tiny"
+PUBLIC, DISCOVERED = "public", "discovered"  # the jobs
 WINDOW = "1m"
+OF_TARGET = ("__name__", *TARGET_LABELS)
+# What an idle engine and its API servers go on counting.
+MOVING = ("wholebatch:snapshots_total", "wholebatch:stale_snapshots_total", "wholebatch:iteration_stage_seconds_total")
 
 # Source: the dashboards in vLLM's repository, examples/observability (grafana.json, query_statistics.json,
 # performance_statistics.json): their queries as they stand there, with the names of histograms put in.
@@ -75,13 +87,21 @@ class Observed(NamedTuple):
 def observed(tiny_model: Path) -> Iterator[Observed]:
     flags = ("--api-server-count", "2", "--data-parallel-size", "2", "--served-model-name", MODEL)
     scarce = ("--num-gpu-blocks-override", "40", "--max-model-len", "512")
-    with served(tiny_model, *flags, *scarce) as deployment:
-        public = {"job_name": "wholebatch", "static_configs": [{"targets": [deployment.url.removeprefix("http://")]}]}
-        with prometheus([public]) as server:
-            server.wait_for_scrape(now())
-            everything_happens(deployment)
-            server.wait_for_scrape(now())
-            yield Observed(deployment, server)
+    with served(tiny_model, *flags, *scarce) as deployment, prometheus(scrape_configs(deployment)) as server:
+        server.wait_for_scrape(now())
+        everything_happens(deployment)
+        server.wait_for_scrape(now())
+        yield Observed(deployment, server)
+
+
+def scrape_configs(deployment: Served) -> list[dict[str, Any]]:
+    """Both ways to scrape, as the generated configurations have them, each as a job of its own."""
+    found = []
+    for job, name in ((PUBLIC, "prometheus.yml"), (DISCOVERED, "prometheus-discovered.yml")):
+        text = (GRAFANA / name).read_text().replace(provisioning.PUBLIC, deployment.url.removeprefix("http://"))
+        (config,) = yaml.safe_load(text)["scrape_configs"]
+        found.append({**config, "job_name": job})
+    return found
 
 
 def everything_happens(deployment: Served) -> None:
@@ -113,11 +133,12 @@ def without_data(server: Prometheus, queries: Iterable[str]) -> list[str]:
     return left
 
 
-def test_every_query_of_every_dashboard_finds_data(observed: Observed):
+@pytest.mark.parametrize("job", [PUBLIC, DISCOVERED])
+def test_every_query_of_every_dashboard_finds_data(observed: Observed, job: str):
     targets = dashboard_targets()
     assert len({target.dashboard for target in targets}) == 4
     queries = [
-        fill_in(target.expression, model_name=MODEL, interval=WINDOW, engine=engine)
+        fill_in(target.expression, model_name=MODEL, interval=WINDOW, engine=engine, job=job)
         for target in targets
         for engine in (("0", "1") if "repeat" in target.panel else (".*",))
     ]
@@ -143,12 +164,50 @@ def test_every_recording_rule_has_data_and_every_alert_evaluates(observed: Obser
     assert without_data(observed.prometheus, recorded) == []
 
 
-def test_prometheus_sees_the_figures_that_the_deployment_gives(observed: Observed):
-    samples = observed.deployment.idle_metrics()
-    observed.prometheus.wait_for_scrape(now())
-    names = ("vllm:iteration_tokens_total_count", "wholebatch:delivered_tokens_total", "vllm:generation_tokens_total")
-    for name in names:
-        assert observed.prometheus.query(f"sum({name})") == {frozenset(): total(samples, name)}
+def cumulative_series() -> list[str]:
+    """The names of every counter's and histogram's series of engine and request scope."""
+    metrics = [m for m in METRICS if m.scope in (Scope.ENGINE, Scope.REQUEST) and m.kind is not Kind.GAUGE]
+    return [metric.name + suffix for metric in metrics for suffix in SUFFIXES[metric.kind]]
+
+
+def counted(server: Prometheus, job: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """All of them that rest while nothing runs, summed over the job's targets."""
+    sums: dict[tuple[str, frozenset[tuple[str, str]]], float] = defaultdict(float)
+    for name in cumulative_series():
+        if name not in MOVING:
+            for labels, value in server.query(f'{name}{{job="{job}"}}').items():
+                sums[name, frozenset(kv for kv in labels if kv[0] not in OF_TARGET)] += value
+    return dict(sums)
+
+
+def test_the_discovered_targets_sum_to_the_public_port_also_across_a_move_of_the_exporter(observed: Observed):
+    deployment, server = observed
+    for is_moved in (False, True):
+        if is_moved:
+            move_the_exporter(deployment)
+        samples = deployment.idle_metrics()
+        server.wait_for_scrape(now())
+        public, discovered = counted(server, PUBLIC), counted(server, DISCOVERED)
+        assert len(public) > 500
+        assert discovered == pytest.approx(public, rel=1e-9)  # sums of seconds, to rounding
+        key = ("vllm:iteration_tokens_total_count", frozenset({("model_name", MODEL), ("engine", "0")}))
+        assert public[key] == total(samples, key[0], {"engine": "0"}) > 0
+    fell = [name for name in cumulative_series() if server.query(f"sum(resets({name}[5m])) > 0")]
+    assert fell == []
+
+
+def move_the_exporter(deployment: Served) -> None:
+    """Kills the API server that exports engine 0, and serves until all is up again."""
+
+    def grant() -> dict[str, Any]:
+        (found,) = [one["grant"] for one in deployment.deployment()["exporters"] if one["engine"] == 0]
+        return dict(found or {"term": []})
+
+    before = grant()
+    os.kill(deployment.pids("api-server")[before["api_server"]], signal.SIGKILL)
+    wait_for(lambda: grant()["term"] > before["term"], "another exporter", 20.0)
+    wait_for(lambda: all(p["state"] == "ready" for p in deployment.deployment()["processes"][1:]), "all ready", 20.0)
+    run(deployment, asks(8, prompt_tokens=(20, 60), max_tokens=20, vocab=250, seed=1), at_a_time=8)
 
 
 def test_promtool_complains_of_nothing_but_vllms_own_naming(observed: Observed):
