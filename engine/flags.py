@@ -77,7 +77,10 @@ _bytes.__name__ = "number of bytes"
 def make_parser() -> argparse.ArgumentParser:
     """Every flag, with its help."""
     parser = _Parser(
-        prog="python -m engine.serve", description="Serve a model over the OpenAI API.", allow_abbrev=False
+        prog="python -m engine.serve",
+        usage="python -m engine.serve [flags]",
+        description="Serve a model over the OpenAI API: one supervisor, some engines, some API servers.",
+        allow_abbrev=False,
     )
     _add_model_flags(parser.add_argument_group("model"))
     _add_engine_flags(parser.add_argument_group("engine"))
@@ -97,10 +100,22 @@ def _add_model_flags(group: Any) -> None:
         metavar="NAME",
         help="what clients call it; the first one labels metrics (default: the file's or directory's name)",
     )
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: %(default)s")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of weights and KV cache (default: as fits model and device)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what computes (default: a GPU where there is one)",
+    )
     add("--max-model-len", type=_whole(1), metavar="N", help="longest context, in tokens (default: the model's)")
-    add("--seed", type=_whole(0), default=0, metavar="N", help="of requests that bring none (default: %(default)s)")
+    add(
+        "--seed", type=_whole(0), default=0, metavar="N", help="seed of requests that bring none (default: %(default)s)"
+    )
 
 
 def _add_engine_flags(group: Any) -> None:
@@ -111,7 +126,7 @@ def _add_engine_flags(group: Any) -> None:
         type=_whole(1, MAX_PROCESSES),
         default=1,
         metavar="N",
-        help="engines (default: 1)",
+        help="number of engines, each with the whole model (default: 1)",
     )
     add("--max-num-seqs", type=_whole(1), default=256, metavar="N", help="sequences in a batch (default: %(default)s)")
     add(
@@ -121,7 +136,7 @@ def _add_engine_flags(group: Any) -> None:
         metavar="N",
         help="tokens computed in one iteration (default: %(default)s)",
     )
-    add("--enable-chunked-prefill", action=switch, default=True, help="compute long prompts in parts")
+    add("--enable-chunked-prefill", action=switch, default=True, help="compute long prompts in parts (default: yes)")
     add(
         "--long-prefill-token-threshold",
         type=_whole(0),
@@ -129,7 +144,12 @@ def _add_engine_flags(group: Any) -> None:
         metavar="N",
         help="longest part of a prompt in one iteration; 0: only the budget limits it (default: %(default)s)",
     )
-    add("--enable-prefix-caching", action=switch, default=True, help="reuse the KV blocks of equal beginnings")
+    add(
+        "--enable-prefix-caching",
+        action=switch,
+        default=True,
+        help="reuse the KV blocks of equal beginnings (default: yes)",
+    )
     add(
         "--block-size",
         type=_whole(1, 1024),
@@ -137,20 +157,31 @@ def _add_engine_flags(group: Any) -> None:
         metavar="N",
         help="tokens in a KV block (default: %(default)s)",
     )
-    add("--num-gpu-blocks-override", type=_whole(1), metavar="N", help="KV blocks of an engine, whatever would fit")
-    add("--kv-cache-memory-bytes", type=_bytes, metavar="N", help="memory of an engine's KV cache, such as 2Gi")
+    add("--num-gpu-blocks-override", type=_whole(1), metavar="N", help="KV blocks of an engine (default: what fits)")
+    add(
+        "--kv-cache-memory-bytes",
+        type=_bytes,
+        metavar="N",
+        help="memory of an engine's KV cache, such as 2Gi (default: what fits)",
+    )
 
 
 def _add_server_flags(group: Any) -> None:
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address of the public port (default: %(default)s)")
-    add("--port", type=_whole(0, 65535), default=8000, help="0 takes a free one (default: %(default)s)")
+    add(
+        "--port",
+        type=_whole(0, 65535),
+        default=8000,
+        metavar="PORT",
+        help="public port; 0 takes a free one (default: %(default)s)",
+    )
     add(
         "--api-server-count",
         "-asc",
         type=_whole(1, MAX_PROCESSES),
         metavar="N",
-        help="API servers (default: as many as engines)",
+        help="number of API servers (default: as many as engines)",
     )
     add(
         "--api-key",
@@ -172,21 +203,56 @@ def _add_server_flags(group: Any) -> None:
 def _add_statistics_flags(group: Any) -> None:
     add = group.add_argument
     add("--disable-log-stats", action="store_true", help="keep no counters and histograms, gauges only")
-    add("--publish-interval", type=_seconds(0.005), default=0.05, metavar="S", help="default: %(default)s")
-    add("--lease", type=_seconds(0.1), default=0.6, metavar="S", help="of the right to export (default: %(default)s)")
+    add(
+        "--publish-interval",
+        type=_seconds(0.005),
+        default=0.05,
+        metavar="S",
+        help="how often an engine broadcasts its snapshot (default: %(default)s)",
+    )
+    add(
+        "--lease",
+        type=_seconds(0.1),
+        default=0.6,
+        metavar="S",
+        help="how long a right to export lasts (default: %(default)s)",
+    )
     add(
         "--custom-histogram-buckets", metavar="JSON", help="bounds by family, such as '{\"iteration_tokens\": [1, 64]}'"
     )
-    add("--latency-buckets", choices=("standard", "fine"), default="standard", help="fine sees below 300 ms")
+    add(
+        "--latency-buckets",
+        choices=("standard", "fine"),
+        default="standard",
+        help="fine has more bounds below 300 ms (default: %(default)s)",
+    )
     add("--enable-logging-iteration-details", action="store_true", help="log a line for every iteration")
 
 
 def _add_supervision_flags(group: Any) -> None:
     add = group.add_argument
-    add("--runtime-dir", type=Path, metavar="DIR", help="for tallies and sockets (default: in shared memory)")
-    add("--drain-timeout", type=_seconds(0), default=30.0, metavar="S", help="at the end (default: %(default)s)")
-    add("--freeze-timeout", type=_seconds(1), default=10.0, metavar="S", help="then a frozen process is killed")
-    add("--stall-timeout", type=_seconds(1), default=60.0, metavar="S", help="then a stuck engine is killed")
+    add("--runtime-dir", type=Path, metavar="DIR", help="where tallies and sockets are (default: in shared memory)")
+    add(
+        "--drain-timeout",
+        type=_seconds(0),
+        default=30.0,
+        metavar="S",
+        help="how long requests may go on after SIGTERM (default: %(default)s)",
+    )
+    add(
+        "--freeze-timeout",
+        type=_seconds(1),
+        default=10.0,
+        metavar="S",
+        help="silence after which a process is killed (default: %(default)s)",
+    )
+    add(
+        "--stall-timeout",
+        type=_seconds(1),
+        default=60.0,
+        metavar="S",
+        help="busy time without progress after which an engine is killed (default: %(default)s)",
+    )
 
 
 def parse(arguments: list[str], environment: dict[str, str]) -> DeploymentConfig:
