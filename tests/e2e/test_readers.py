@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import http.client
+import json
+import urllib.request
 from pathlib import Path
 
-from tests.e2e.harness import Served, served, total
+from tests.e2e.harness import Served, parse, served, total
+from tests.e2e.load import asks, run
 
 FINISHED_HISTOGRAMS = (
     "e2e_request_latency_seconds",
@@ -40,3 +45,66 @@ def test_every_histogram_has_every_finished_request_those_that_ended_at_a_stop_s
     assert total(samples, "vllm:request_success_total", {"finished_reason": "stop"}) == 3
     for name in FINISHED_HISTOGRAMS:
         assert total(samples, f"vllm:{name}_count") == 6, name
+
+
+def targets(deployment: Served) -> list[tuple[str, str, str]]:
+    """(instance, address, path) of each."""
+    groups = json.loads(deployment.get("/prometheus/targets"))
+    return [(g["labels"]["instance"], g["targets"][0], g["labels"]["__metrics_path__"]) for g in groups]
+
+
+def raw(deployment: Served, method: str, path: str, **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
+    """A connection of its own: any API server may accept it."""
+    connection = http.client.HTTPConnection(deployment.url.removeprefix("http://"), timeout=30)
+    try:
+        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer, answer.read()
+    finally:
+        connection.close()
+
+
+def test_readers_find_the_same_whole_whichever_api_server_answers(tiny_model: Path):
+    blocks = ("--num-gpu-blocks-override", "64", "--max-model-len", "512")
+    with served(tiny_model, "--api-server-count", "3", "-dp", "2", *blocks) as deployment:
+        run(deployment, asks(16, prompt_tokens=(20, 60), max_tokens=8, vocab=250), at_a_time=8)
+        whole = deployment.idle_metrics()
+        assert len({deployment.get("/prometheus/targets") for _ in range(12)}) == 1
+        scrapes = {i: deployment.metrics(f"http://{address}{path}") for i, address, path in targets(deployment)}
+        pools = {deployment.get("/metrics/pool") for _ in range(12)}
+        answer, body = raw(deployment, "GET", "/metrics?name[]=vllm:num_requests_running", Accept_Encoding="gzip")
+        assert answer.getheader("Content-Encoding") == "gzip"
+        head, nothing = raw(deployment, "HEAD", "/metrics")
+    assert set(scrapes) == {"api-server-0", "api-server-1", "api-server-2", "engine-0", "engine-1", "processes"}
+    for (name, labels), value in whole.items():
+        if name.startswith(("vllm:", "http_")) and name.endswith(("_total", "_bucket", "_sum", "_count")):
+            summed = sum(samples.get((name, labels), 0.0) for samples in scrapes.values())
+            assert abs(summed - value) <= 1e-9 * max(1.0, abs(value)), (name, labels)
+    (pool,) = pools
+    samples = parse(pool)
+    assert total(samples, "vllm:num_requests_running") == total(samples, "vllm:num_requests_waiting") == 0
+    assert total(samples, "vllm:cache_config_info", {"num_gpu_blocks": "128"}) == 1
+    restricted = parse(gzip.decompress(body).decode())
+    assert {dict(labels)["engine"] for _, labels in restricted} == {"0", "1"}
+    assert {name for name, _ in restricted} == {"vllm:num_requests_running"}
+    assert (head.status, nothing) == (200, b"")
+
+
+def test_an_answer_reports_the_pools_load_where_the_request_asks_for_it(tiny_model: Path):
+    with served(tiny_model) as deployment:
+        deployment.idle_metrics()  # by then every engine was heard
+        body = json.dumps({"prompt": [40, 41, 42], "max_tokens": 2}).encode()
+        headers = {"Content-Type": "application/json", "endpoint-load-metrics-format": "JSON"}
+        request = urllib.request.Request(f"{deployment.url}/v1/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            kind, _, report = str(answer.headers["endpoint-load-metrics"]).partition(" ")
+    assert (kind, set(json.loads(report)["named_metrics"])) == ("JSON", {"kv_cache_usage_perc", "num_requests_waiting"})
+
+
+def test_at_the_end_every_api_server_leaves_each_engine_once_and_comes_back_to_none(tiny_model: Path):
+    with served(tiny_model, "--api-server-count", "2", "-dp", "2") as deployment:
+        assert deployment.stop() == 0
+        log = deployment.log()
+    assert log.count("event=engine_connected") == log.count("event=engine_left") == 4
+    assert log.count("event=hello") == 4
+    assert "event=engine_goodbye" not in log
