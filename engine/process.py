@@ -212,7 +212,9 @@ def main(arguments: list[str] | None = None, runner_factory: RunnerFactory = loa
             runner = runner_factory(config, lambda line: log.info("event=loading what=%r", line))
         run(config, runner, lifeline)
     except (StoreError, BroadcastError) as error:
-        log.error("event=start_failed error=%r", str(error))  # to be tried again: a full disk may have room by then
+        log.error("event=start_failed error=%r", str(error))
+        # Ends a deployment that has never been ready; another tries again: a full disk may have room by then.
+        lifeline.report(Failed(message=str(error)))
         return 1
     except CannotServeError as error:
         lifeline.report(Failed(message=str(error)))
