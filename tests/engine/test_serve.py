@@ -145,7 +145,7 @@ def test_a_directory_whose_name_is_no_name_needs_another(tmp_path: Path):
         parsed(tmp_path / "\udcff")
 
 
-@pytest.mark.parametrize("host", ["256.1.1.1", "a..b", "::gg", "192.0.2.1"])
+@pytest.mark.parametrize("host", ["256.1.1.1", "ü..b", "::gg", "192.0.2.1"])
 def test_an_address_that_cannot_be_listened_on_is_named(host: str):
     with pytest.raises(ListenError) as refused:
         listen(host, 0)
