@@ -1,0 +1,84 @@
+"""What 64 subscribers that never read cost the engine: its iteration rate with and without them, in one run.
+
+The two are measured in turns, so that a machine that slows down slows both down.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import zmq
+
+from metrics import broadcast
+from tests.benchmarks.report import document, table
+from tests.e2e.harness import Served, served, total, wait_for
+from tests.e2e.load import asks, steady_load
+from tests.tiny_models import write_tiny_llama
+
+NUM_SUBSCRIBERS = 64
+ROUNDS = 6
+ROUND_S = 6.0
+TOPICS = (broadcast.TOPIC_TALLY, broadcast.TOPIC_ITERATIONS)
+
+
+@contextmanager
+def dead_subscribers(deployment: Served, count: int) -> Iterator[None]:
+    """Connected inside, with full queues: they subscribe to everything and read nothing."""
+    with ExitStack() as stack:
+        context = stack.enter_context(zmq.Context())
+        endpoint = broadcast.snapshot_endpoint(str(next(deployment.runtime_directory.iterdir())), 0)
+        before = total(deployment.metrics(), "wholebatch:snapshots_total")
+        for _ in range(count):
+            socket = stack.enter_context(context.socket(zmq.SUB))
+            socket.set(zmq.RCVHWM, 1)
+            socket.set(zmq.LINGER, 0)
+            for topic in TOPICS:
+                socket.subscribe(topic)
+            socket.connect(endpoint)
+        if count:
+            full = before + 2 * broadcast.SUBSCRIBER_HWM
+            wait_for(lambda: total(deployment.metrics(), "wholebatch:snapshots_total") > full, "full queues")
+        yield
+
+
+def rate(deployment: Served) -> float:
+    """Iterations a second, for one round."""
+
+    def look() -> tuple[float, float]:
+        return total(deployment.metrics("/metrics/engine/0"), "wholebatch:iterations_total"), time.monotonic()
+
+    first, began = look()
+    time.sleep(ROUND_S)
+    last, ended = look()
+    return (last - first) / (ended - began)
+
+
+def main() -> None:
+    rates: dict[int, list[float]] = {0: [], NUM_SUBSCRIBERS: []}
+    with tempfile.TemporaryDirectory() as directory:
+        model = Path(directory) / "tiny-llama"
+        write_tiny_llama(model)
+        requests = asks(64, prompt_tokens=(20, 60), max_tokens=128, vocab=250)
+        with served(model, "--api-server-count", "2") as deployment, steady_load(deployment, requests, 8):
+            for _ in range(ROUNDS):
+                for count, found in rates.items():
+                    with dead_subscribers(deployment, count):
+                        found.append(rate(deployment))
+            dropped = total(deployment.metrics(), "wholebatch:snapshots_total", {"result": "dropped"})
+    rows = [
+        (count, f"{statistics.median(found):.0f}", f"{min(found):.0f}", f"{max(found):.0f}")
+        for count, found in rates.items()
+    ]
+    table("Iterations a second", ("subscribers that never read", "median", "least", "greatest"), rows)
+    ratio = statistics.median(rates[NUM_SUBSCRIBERS]) / statistics.median(rates[0])
+    print(f"\nwith / without: {ratio:.3f}; snapshots dropped for everybody: {dropped:g}")
+    document("dead_subscribers", {"rates": rates, "ratio": ratio, "dropped": dropped})
+
+
+if __name__ == "__main__":
+    main()
