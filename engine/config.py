@@ -95,6 +95,8 @@ class DeploymentConfig:
     stats: StatsConfig
     engine_module: str = "engine.process"
     api_server_module: str = "frontend.server"
+    otlp_traces_endpoint: str | None = None
+    otlp_metrics_endpoint: str | None = None
 
 
 def to_json(config: EngineConfig) -> str:

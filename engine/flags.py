@@ -6,10 +6,12 @@ Flags that vLLM has under the same meaning have vLLM's names. Whatever is wrong 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from engine import default_model
 from engine.config import CacheConfig, DeploymentConfig, ModelConfig, SchedulerConfig, StatsConfig
@@ -72,6 +74,16 @@ def _bytes(text: str) -> int:
 
 
 _bytes.__name__ = "number of bytes"
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError
+    return text
+
+
+_url.__name__ = "http:// or https:// URL"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -226,6 +238,8 @@ def _add_statistics_flags(group: Any) -> None:
         default="standard",
         help="fine has more bounds below 300 ms (default: %(default)s)",
     )
+    add("--otlp-traces-endpoint", type=_url, metavar="URL", help="send each request's trace there, OTLP over HTTP")
+    add("--otlp-metrics-endpoint", type=_url, metavar="URL", help="send gen_ai.server.* histograms there, likewise")
     add("--enable-logging-iteration-details", action="store_true", help="log a line for every iteration")
 
 
@@ -266,6 +280,8 @@ def parse(arguments: list[str], environment: dict[str, str]) -> DeploymentConfig
     num_api_servers = flags.api_server_count or flags.data_parallel_size
     if flags.admin_port and flags.admin_port + num_api_servers > 65536:
         raise FlagError(f"--admin-port {flags.admin_port} and the {num_api_servers - 1} after it go beyond 65535")
+    if (flags.otlp_traces_endpoint or flags.otlp_metrics_endpoint) and not _has_otlp():
+        raise FlagError("--otlp-traces-endpoint and --otlp-metrics-endpoint need: pip install 'wholebatch[otel]'")
     path, name = _model(flags.model)
     if not flags.served_model_name and not (name and name.isprintable()):
         raise FlagError(f"--model {flags.model!r}: not a name for clients, give one with --served-model-name")
@@ -283,6 +299,8 @@ def parse(arguments: list[str], environment: dict[str, str]) -> DeploymentConfig
         api_keys=tuple(keys),
         runtime_directory=str((flags.runtime_dir or default_runtime_directory()).absolute()),
         drain_timeout_s=flags.drain_timeout,
+        otlp_traces_endpoint=flags.otlp_traces_endpoint,
+        otlp_metrics_endpoint=flags.otlp_metrics_endpoint,
         freeze_timeout_s=flags.freeze_timeout,
         model=ModelConfig(
             path=str(path),
@@ -326,6 +344,13 @@ def _stats(flags: argparse.Namespace) -> StatsConfig:
         log_iteration_details=flags.enable_logging_iteration_details,
         stall_timeout_s=flags.stall_timeout,
     )
+
+
+def _has_otlp() -> bool:
+    try:
+        return importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _model(named: str | None) -> tuple[Path, str]:

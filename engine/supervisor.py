@@ -50,7 +50,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(BACKLOG)
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host that can be no name
+    except (OSError, TypeError) as error:  # TypeError: a host that can be no name
         listening.close()
         raise ListenError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
     return listening
@@ -256,6 +256,8 @@ class Supervisor:
             "bucket_overrides": stats.bucket_overrides,
             "max_model_len": config.model.max_model_len,
             "drain_timeout_s": config.drain_timeout_s,
+            "otlp_traces_endpoint": config.otlp_traces_endpoint,
+            "otlp_metrics_endpoint": config.otlp_metrics_endpoint,
         }
         return json.dumps(fields)
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from frontend import openai
+from frontend import openai, tracing
 from frontend.config import ServerConfig
 from frontend.deployment_view import DeploymentView
 from frontend.discovery import OWN_PATH, PROCESSES_PATH, targets
@@ -62,6 +62,8 @@ class State:
 def public_app(state: State) -> web.Application:
     """What clients and scrapers of the deployment use."""
     middlewares = [_http_metrics(state), error_middleware, _authentication(state.config.api_keys)]
+    if state.config.is_traced:
+        middlewares.append(tracing.middleware)
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     openai.add_routes(app, lambda: state.ready().openai)
     routes = StatusRoutes(state)

@@ -43,6 +43,13 @@ class ServerConfig:
     drain_timeout_s: float
     max_num_queued_reqs: int | None = None  # None: no limit
     max_num_queued_tokens: int | None = None
+    otlp_traces_endpoint: str | None = None  # URLs; None: no traces, no OTLP metrics
+    otlp_metrics_endpoint: str | None = None
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether requests are told to an OTLP endpoint."""
+        return self.otlp_traces_endpoint is not None or self.otlp_metrics_endpoint is not None
 
     def shape(self, max_model_len: int) -> Shape:
         """What the layouts of this deployment's tallies depend on."""
@@ -57,6 +64,7 @@ class ServerConfig:
 _WHOLE = ("index", "incarnation", "num_engines", "num_api_servers", "listen_fd", "admin_fd", "lifeline_fd", "port")
 _TEXT = ("directory", "host", "model_path")
 _LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens")  # may be left out
+_ENDPOINTS = ("otlp_traces_endpoint", "otlp_metrics_endpoint")  # may be left out
 _SECONDS = ("lease_s", "publish_interval_s", "drain_timeout_s")
 
 
@@ -68,7 +76,7 @@ def server_config_from_json(text: str) -> ServerConfig:
         raise ConfigError(f"no JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"no JSON object: {str(raw)[:80]!r}")
-    raw = dict.fromkeys(_LIMITS) | raw
+    raw = dict.fromkeys((*_LIMITS, *_ENDPOINTS)) | raw
     if wrong := set(raw) ^ {field.name for field in fields(ServerConfig)}:
         raise ConfigError(f"fields missing or unknown: {sorted(wrong)}")
     _check_plain(raw)
@@ -100,6 +108,7 @@ def _check_plain(raw: dict[str, Any]) -> None:
         (_TEXT, lambda v: type(v) is str and v, "text"),
         (_SECONDS, lambda v: type(v) in (int, float) and v >= 0, "seconds"),
         (("log_stats",), lambda v: type(v) is bool, "a boolean"),
+        (_ENDPOINTS, lambda v: v is None or (type(v) is str and v), "a URL or null"),
         (
             ("max_model_len", *_LIMITS),
             lambda v: v is None or (type(v) is int and v > 0),

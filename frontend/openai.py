@@ -31,6 +31,7 @@ from frontend.protocol import (
 )
 from frontend.replies import DONE, ChatReply, CompletionReply, Reply, event, usage
 from frontend.tokenizer import Tokenizer
+from frontend.tracing import describe
 
 LONG_TEXT: Final = 20_000  # characters; longer ones are tokenised in a thread. Measured: 0.7 µs a character
 STREAM_HEADERS: Final = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
@@ -114,8 +115,10 @@ class OpenAIService:
         return self._names[0] if request.model is None else self._known(request.model)
 
     def _heading(self, prefix: str, model: str, request: GenerationRequest) -> dict[str, Any]:
+        response_id = f"{prefix}-{uuid.uuid4().hex}"
+        describe(model, response_id)
         return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "id": response_id,
             "created": int(time.time()),
             "model": model,
             "has_usage": request.stream_options.include_usage,

@@ -73,7 +73,9 @@ class Server:
             return 1
         except StoreError as error:
             log.error("event=start_failed error=%r", str(error))
-            return 1  # to be tried again: a full disk may have room by then
+            # Ends a deployment that has never been ready; another tries again: a full disk may have room by then.
+            self._lifeline.report(Failed(message=str(error)))
+            return 1
         finally:
             await self._end(public, admin)
             alive.cancel()
@@ -174,8 +176,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config-fd", type=int, required=True, help="descriptor that the configuration is read from")
     try:
         config = _read_config(parser.parse_args(arguments).config_fd)
+        if config.is_traced:
+            import frontend.otlp  # noqa: F401  before anything is served: the packages are optional
     except (ConfigError, OSError) as error:
         print(f"frontend.server: cannot read the configuration: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"frontend.server: OTLP needs the packages of 'wholebatch[otel]': {error}", file=sys.stderr)
         return 2
     setproctitle.setproctitle(f"wholebatch api-server {config.index}")
     name = f"api-server-{config.index}"

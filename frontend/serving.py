@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import zmq
 
@@ -20,14 +21,18 @@ from frontend.deployment_view import DeploymentView
 from frontend.engine_client import EngineClients, Identity
 from frontend.exporter import Exporter, boottime
 from frontend.group_commit import GroupCommit
-from frontend.openai import OpenAIService
+from frontend.openai import Clients, OpenAIService
 from frontend.pool import Figures, Pool, load_report
 from frontend.request_record import RequestRecord
 from frontend.scrape import Layouts, Scrape
 from frontend.tokenizer import Tokenizer
+from frontend.tracing import TracedClients
 from metrics.deployment import API_SERVER, ENGINE, Facts
 from metrics.process import ProcessMetrics
 from metrics.store import TallyStore, tally_path
+
+if TYPE_CHECKING:
+    from frontend.otlp import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ class Serving:
         self.clients = EngineClients(
             context, config.directory, identity, self.record, self.group, admit=self._admission.check
         )
+        self._telemetry = _telemetry(config)
         self.exporter = Exporter(
             context,
             config.directory,
@@ -86,13 +92,7 @@ class Serving:
             log_stats=config.log_stats,
             clock=boottime,
         )
-        self.openai = OpenAIService(
-            clients=self.clients,
-            tokenizer=tokenizer,
-            served_model_names=config.served_model_names,
-            max_model_len=facts.max_model_len,
-            vocab_size=facts.vocab_size,
-        )
+        self.openai = self._service(config, facts, tokenizer)
         self._process = ProcessMetrics(self._store.tally)
         self._housekeeping = asyncio.create_task(self._keep_house())
         self.pool = Pool(layouts[ENGINE], facts)
@@ -119,8 +119,27 @@ class Serving:
         self._unsubscribe()
         self.clients.close()
         await self.exporter.close()
+        if self._telemetry is not None:
+            await self._telemetry.close()
         self.group.now()
         self._store.close()
+
+    def _service(self, config: ServerConfig, facts: Facts, tokenizer: Tokenizer) -> OpenAIService:
+        """The API, with every request's end told where somebody asks for it."""
+        clients: Clients = self.clients
+        if self._telemetry is not None:
+            clients = TracedClients(
+                clients=self.clients,
+                sink=self._telemetry.tell,
+                on_fault=lambda error: self._bulkhead.caught("tracing", error),
+            )
+        return OpenAIService(
+            clients=clients,
+            tokenizer=tokenizer,
+            served_model_names=config.served_model_names,
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+        )
 
     async def _keep_house(self) -> None:
         while True:
@@ -129,6 +148,9 @@ class Serving:
             while self._num_rejected_tables < self._view.num_rejected:
                 self._num_rejected_tables += 1
                 self.record.wire_rejected("deployment")
+            if self._telemetry is not None:
+                for _ in range(self._telemetry.take_faults()):
+                    self.record.fault("tracing")
             self.group.now()
             await asyncio.sleep(HOUSEKEEPING_S)
 
@@ -144,6 +166,21 @@ class Serving:
     def _on_rejected(self, limit: str) -> None:
         self.record.rejected(limit)
         self.group.soon()
+
+
+def _telemetry(config: ServerConfig) -> Telemetry | None:
+    """None where nobody asks for it: then OpenTelemetry is not even imported."""
+    if not config.is_traced:
+        return None
+    from frontend.otlp import Telemetry
+
+    return Telemetry(
+        instance=f"{socket.gethostname()}:{config.port}/{API_SERVER}-{config.index}",
+        address=config.host,
+        port=config.port,
+        traces_endpoint=config.otlp_traces_endpoint,
+        metrics_endpoint=config.otlp_metrics_endpoint,
+    )
 
 
 def _open_store(config: ServerConfig, layouts: Layouts) -> TallyStore:

@@ -63,7 +63,18 @@ METHODS: Final = ("GET", "POST", "HEAD", "other")
 HANDLERS: Final = ("/v1/completions", "/v1/chat/completions", "/v1/models", "other")
 STATUSES: Final = ("2xx", "3xx", "4xx", "5xx")
 WIRE_KINDS: Final = ("from_api_server", "from_engine", "snapshot", "heartbeat", "deployment", "report")
-BULKHEADS: Final = ("record", "commit", "publish", "heartbeat", "snapshot", "scrape", "process", "audit", "console")
+BULKHEADS: Final = (
+    "record",
+    "commit",
+    "publish",
+    "heartbeat",
+    "snapshot",
+    "scrape",
+    "process",
+    "audit",
+    "console",
+    "tracing",
+)
 AUDIT_LAWS: Final = ("iteration_sum", "iteration_count", "tokens", "prompt_tokens", "sequences", "histograms")
 GENERATIONS: Final = ("0", "1", "2")  # of Python's garbage collector
 CACHE_CONFIG_LABELS: Final = (
