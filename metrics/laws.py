@@ -90,6 +90,9 @@ WAITING: Final = Term("vllm:num_requests_waiting")
 IN_FLIGHT: Final = Term("wholebatch:api_server_requests_in_flight")
 INCARNATION: Final = Term("wholebatch:engine_incarnation")
 
+PROCESS_COUNTER: Final = "process_cpu_seconds_total"
+PROCESS_GAUGE: Final = "process_start_time_seconds"
+
 HISTOGRAMS_LAW: Final = "histograms"
 HISTOGRAMS_SENTENCE: Final = "buckets do not fall, +Inf is the count, the sum fits the buckets"
 
@@ -207,10 +210,19 @@ def check_running(earlier: Samples, later: Samples) -> list[Finding]:
 
 
 def is_idle(earlier: Samples, later: Samples) -> bool:
-    """Whether nothing is under way: nothing runs, waits or is in flight, and nothing has been counted in between."""
+    """Whether nothing is under way: nothing runs, waits or is in flight, nothing has been counted in between, and no
+    process is dead: what it left open is settled by its successor."""
     names = {term.name for term in _GAUGES}
     is_quiet = all(value == 0 for samples in (earlier, later) for (name, _), value in samples.items() if name in names)
-    return is_quiet and _counted(earlier) == _counted(later)
+    return is_quiet and _counted(earlier) == _counted(later) and _are_all_alive(earlier) and _are_all_alive(later)
+
+
+def _are_all_alive(samples: Samples) -> bool:
+    """An exposition has the counters of every process, but the gauges of living ones only."""
+    known, alive = (
+        {labels for name, labels in samples if name == wanted} for wanted in (PROCESS_COUNTER, PROCESS_GAUGE)
+    )
+    return known == alive
 
 
 def _counted(samples: Samples) -> dict[tuple[str, Labels], float]:

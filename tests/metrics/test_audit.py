@@ -268,6 +268,19 @@ def test_idle_is_when_nothing_was_counted_in_between_and_nothing_is_under_way(bo
     assert is_idle(book, {**book, key("wholebatch:snapshots_total", result="sent"): 7.0})
 
 
+def test_a_deployment_with_a_dead_process_is_not_idle_for_its_books_are_still_open() -> None:
+    def process(name: str, number: int) -> tuple[str, Labels]:
+        return name, frozenset({("process", f"api-server-{number}")})
+
+    known: Book = {process("process_cpu_seconds_total", number): 1.0 for number in range(2)}
+    alive = {**known, **{process("process_start_time_seconds", number): 5.0 for number in range(2)}}
+    dead = {k: v for k, v in alive.items() if k != process("process_start_time_seconds", 1)}
+    assert is_idle(alive, alive)
+    assert not is_idle(alive, dead)
+    assert not is_idle(dead, alive)
+    assert not is_idle(dead, dead)
+
+
 # --- histograms ---
 
 
