@@ -72,8 +72,8 @@ class Outcome:
             self.times,
             self.lost,
             self.held,
-            _greatest(self.gone_s),
-            _greatest(self.back_s),
+            _greatest(self.gone_s, "–"),
+            _greatest(self.back_s, "no gap"),
             seen.scrapes,
             len(seen.fell),
             len(seen.twice),
@@ -84,8 +84,8 @@ class Outcome:
         ]
 
 
-def _greatest(seconds: Sequence[float]) -> str:
-    return f"{max(seconds):.2f}" if seconds else "no gap"
+def _greatest(seconds: Sequence[float], none: str) -> str:
+    return f"{max(seconds):.2f}" if seconds else none
 
 
 class Bench:
