@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import zmq
 
+from metrics import broadcast
 from metrics.deployment import API_SERVER, ENGINE, SUPERVISOR
+from metrics.snapshot import decode_snapshot
 from tests.benchmarks.report import document, table
 from tests.e2e.faults import Faults, frozen
 from tests.e2e.harness import Samples, Served, served, total, violations, wait_for
 from tests.e2e.load import Clients, asks, steady_load
-from tests.e2e.watch import Findings, watched
+from tests.e2e.watch import Findings, engine_layout, watched
 from tests.tiny_models import write_tiny_llama
 
 NUM_SERVERS = 4
@@ -211,6 +214,32 @@ def end_of_the_supervisor(model: Path) -> dict[str, Any]:
         return {"children": len(children), "left": len(alive), "seconds": round(time.monotonic() - began, 2)}
 
 
+def abort_of_orphans(model: Path) -> list[float]:
+    """Seconds from the kill -9 of an API server until the engine runs none of its requests, by its own word."""
+    seconds = []
+    cell = engine_layout(1, 1, 2048).cell("vllm:num_requests_running")
+    with served(model, "--api-server-count", "1") as deployment, zmq.Context() as context:
+        endpoint = broadcast.snapshot_endpoint(str(next(deployment.runtime_directory.iterdir())), 0)
+        subscriber = broadcast.make_subscriber(context, [endpoint], [broadcast.TOPIC_TALLY])
+
+        def running() -> float:
+            payload = subscriber.recv_multipart()[-1]
+            return memoryview(decode_snapshot(payload).cells).cast("d")[cell]
+
+        for _ in range(REPEATS):
+            with steady_load(deployment, asks(4, prompt_tokens=(20, 40), max_tokens=1900, vocab=250), 4) as clients:
+                wait_for(lambda: running() == 4, "requests at work")
+                victims = deployment.pids(API_SERVER)
+                clients.end()
+                began = time.monotonic()
+                os.kill(victims[0], signal.SIGKILL)
+                wait_for(lambda: running() == 0, "an engine at rest")
+                seconds.append(round(time.monotonic() - began, 2))
+            deployment.wait_until_restarted(victims)
+        subscriber.close()
+    return seconds
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "tiny-llama"
@@ -220,12 +249,15 @@ def main() -> None:
             outcomes = Bench(deployment).run()
             samples = deployment.balanced_metrics()
         end = end_of_the_supervisor(model)
+        aborted = abort_of_orphans(model)
     table("What each fault costs", HEADER, [outcome.row() for outcome in outcomes])
     print(f"\nkill -9: the supervisor: {end['left']} of {end['children']} children left, {end['seconds']} s")
+    print(f"kill -9: an API server: its 4 requests aborted after {max(aborted)} s ({len(aborted)} times)")
     alarms = total(samples, "wholebatch:audit_violations_total")
     print(f"violations found by the supervisor's own audit meanwhile: {alarms:g}; load average before: {loads}")
     rows = [dict(zip(HEADER, outcome.row(), strict=True)) for outcome in outcomes]
-    document("faults", {"rows": rows, "supervisor killed": end, "own audit's violations": alarms, "load": loads})
+    results = {"rows": rows, "supervisor killed": end, "aborted after, s": aborted}
+    document("faults", {**results, "own audit's violations": alarms, "load": loads})
 
 
 if __name__ == "__main__":

@@ -115,9 +115,13 @@ class Clients:
             self._threads.append(thread)
             thread.start()
 
+    def end(self) -> None:
+        """No client asks again."""
+        self._ends.set()
+
     def stop(self) -> None:
         """After every client's last answer."""
-        self._ends.set()
+        self.end()
         for thread in self._threads:
             thread.join(150)
             assert not thread.is_alive(), "a client hangs: its request was neither answered nor ended"
