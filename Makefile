@@ -47,7 +47,7 @@ format: install-test ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: install ## rewrite what is made from the code: the README's tables
+generate: install-test ## rewrite what is made from the code: the README's tables, dashboards, rules
 	$(BIN)/python -m metrics.generate
 	$(BIN)/python -m tests.readme
 
