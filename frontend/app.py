@@ -1,7 +1,14 @@
 """The two applications of an API server: the public one, shared with the other API servers, and its own admin port.
 
-Public: the OpenAI API, and what speaks of the whole deployment. Admin: what speaks of this process, and the snapshots
-it may export, for the other API servers. Neither knows sockets; `frontend.server` binds them.
+Public: the OpenAI API, and what speaks of the whole deployment:
+
+    /metrics   /metrics/engine/K   /metrics/processes   whole; an engine alone; processes that have no port of their own
+    /metrics/pool                                       the engines as one, for load-aware routers
+    /prometheus/targets                                 what to scrape in place of /metrics
+    /health  /ping  /version  /load  /deployment
+
+Admin: what speaks of this process (`/metrics`: with the engines that it exports, `/metrics/own`: without), and the
+snapshots it may export, for the other API servers. Neither knows sockets; `frontend.server` binds them.
 """
 
 from __future__ import annotations
@@ -29,7 +36,15 @@ from metrics.snapshot import encode
 
 MAX_BODY_BYTES: Final = 4 * 2**20
 CLIENT_GONE: Final = 499  # no answer was seen; counted as 4xx
-STATUS_ROUTES: Final = ("/metrics", "/health", "/ping", "/load", "/version", "/deployment", "/prometheus/")
+STATUS_ROUTES: Final = (  # not in HTTP metrics
+    "/metrics",
+    "/health",
+    "/ping",
+    "/load",
+    "/version",
+    "/deployment",
+    "/prometheus/",
+)
 ORCA_REQUEST_HEADER: Final = "endpoint-load-metrics-format"
 ORCA_RESPONSE_HEADER: Final = "endpoint-load-metrics"
 ORCA_ROUTES: Final = ("/v1/completions", "/v1/chat/completions")

@@ -2,7 +2,8 @@
 
 Public port: the whole deployment. Request-level series are summed over every API server's tally file, whichever API
 server answers; each engine's series come from its exporter; every process has its own process series. Admin port:
-this process's own, and the series of the engines whose exporter it is, so that the admin ports sum to the public one.
+this process's own, and the series of the engines whose exporter it is, so that the admin ports sum to the public one;
+or its own alone, for targets by discovery (`frontend.discovery`), where every engine is a target of its own.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import zmq
 import zmq.asyncio
-from aiohttp import ClientSession
+from aiohttp import ClientSession, ClientTimeout
 from aiohttp.test_utils import TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -285,6 +285,7 @@ COMPLETION = {"prompt": [1, 2, 3], "max_tokens": 4}
 
 async def ask(node: Node, method: str, path: str, **arguments: Any) -> tuple[int, Any, dict[str, str]]:
     """(status, JSON or text, headers)"""
+    arguments.setdefault("timeout", ClientTimeout(total=10))
     async with ClientSession() as session, session.request(method, node.public.make_url(path), **arguments) as answer:
         text = await answer.text()
         is_json = answer.headers.get("Content-Type", "").startswith("application/json")

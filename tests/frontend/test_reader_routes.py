@@ -246,22 +246,23 @@ async def test_a_load_report_that_fails_is_counted_and_the_answer_goes_out_witho
 
 @pytest.mark.parametrize(
     ("limits", "reason"),
-    [({"max_num_queued_reqs": 2}, "max_num_queued_reqs"), ({"max_num_queued_tokens": 3}, "max_num_queued_tokens")],
+    [({"max_num_queued_reqs": 3}, "max_num_queued_reqs"), ({"max_num_queued_tokens": 5}, "max_num_queued_tokens")],
 )
 async def test_a_full_queue_is_an_honest_503_whichever_api_server_filled_it(
     deploy: Any, limits: dict[str, int], reason: str
 ):
     deployed = await deploy(2, **limits)
     node, other = deployed.nodes
-    record = other.serving.record.engines[0]
-    for _ in range(2):
-        record.submitted()
-    record.prefilling(3)
-    other.serving.group.now()
+    for one_of_two, num_sequences in ((node, 1), (other, 2)):
+        record = one_of_two.serving.record.engines[0]
+        for _ in range(num_sequences):
+            record.submitted()
+        record.prefilling(1 + num_sequences)
+        one_of_two.serving.group.now()
     async with engine_of(node) as engine:
         status, body, headers = await ask(node, "POST", "/v1/completions", json=COMPLETION)
         assert (status, body["error"]["code"], headers["Retry-After"]) == (503, reason, "1")
-        record.prefilling(-3)
+        record.prefilling(-1)
         record.ended("stop")
         other.serving.group.now()
         node.serving._admission._read_at = float("-inf")  # as after a while: what others have is remembered
@@ -272,4 +273,4 @@ async def test_a_full_queue_is_an_honest_503_whichever_api_server_filled_it(
     samples = await node.scrape()
     assert total(samples, "vllm:admission_rejections_total", reason=reason) == 1
     assert total(samples, "vllm:admission_rejections_total") == 1
-    assert total(samples, "wholebatch:sequences_submitted_total") == 3
+    assert total(samples, "wholebatch:sequences_submitted_total") == 4
