@@ -112,9 +112,10 @@ async def test_process_figures_that_cannot_be_had_are_counted_and_housekeeping_g
     monkeypatch.setattr("frontend.serving.HOUSEKEEPING_S", 0.01)
     deployed = await deploy(1)
     node = await held(deployed)
-    seen = [await faults(node, "process")]
-    while len(set(seen)) < 3:
-        seen.append(await faults(node, "process"))
+    seen: set[float] = set()
+    async with asyncio.timeout(20):
+        while len(seen) < 3:
+            seen.add(await faults(node, "process"))
 
 
 async def test_a_full_disk_under_a_running_tally_is_counted_and_answers_go_on(deploy: Any):
