@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from metrics.catalogue import BUCKETS
+from metrics.generate import ROOT
 from metrics.promql import metrics_in
 from metrics.rules import SERVICE_LEVELS, alerts, recording_rules, rule_file
 
@@ -92,7 +93,7 @@ SILENT: Mapping[str, tuple[int, list[dict[str, str]]]] = {
     "WholebatchQueueGrowing": (30, [series(WAITING, OF_ENGINE, "100-2x40")]),
     "WholebatchKVCacheFull": (
         20,
-        [series("vllm:kv_cache_usage_perc", OF_ENGINE, "0.5 0.99 0.7 0.99 0.6 0.99x3 0.5x20")],
+        [series("vllm:kv_cache_usage_perc", OF_ENGINE, "0.94x40")],
     ),
     "WholebatchPreemptionStorm": (
         20,
@@ -135,6 +136,13 @@ def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not()
 @needs_promtool
 def test_the_rules_are_in_order(rules: Path):
     assert "SUCCESS" in promtool(rules, "check", "rules", "--lint-fatal")
+
+
+@needs_promtool
+@pytest.mark.parametrize("name", ["prometheus.yml", "prometheus-discovered.yml"])
+def test_a_generated_configuration_and_the_rules_it_names_are_in_order(name: str):
+    answer = promtool(ROOT / "metrics" / "grafana" / name, "check", "config")
+    assert f"{len(recording_rules()) + len(alerts())} rules found" in answer
 
 
 @needs_promtool
