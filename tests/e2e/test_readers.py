@@ -102,9 +102,9 @@ def test_an_answer_reports_the_pools_load_where_the_request_asks_for_it(tiny_mod
 
 
 def test_at_the_end_every_api_server_leaves_each_engine_once_and_comes_back_to_none(tiny_model: Path):
-    with served(tiny_model, "--api-server-count", "2", "-dp", "2") as deployment:
+    with served(tiny_model, "--api-server-count", "4", "-dp", "2") as deployment:
         assert deployment.stop() == 0
         log = deployment.log()
-    assert log.count("event=engine_connected") == log.count("event=engine_left") == 4
-    assert log.count("event=hello") == 4
+    assert log.count("event=engine_connected") == log.count("event=engine_left") == 8
+    assert log.count("event=hello") == 8
     assert "event=engine_goodbye" not in log
