@@ -6,7 +6,7 @@ import http.client
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -61,11 +61,11 @@ class Faults:
 
     def kill(self, role: str, index: int) -> None:
         """SIGKILL, and wait until its next incarnation is ready."""
-        self._end(role, index, signal.SIGKILL)
+        self.end([(role, index)], signal.SIGKILL)
 
     def restart(self, role: str, index: int) -> None:
         """SIGTERM, which drains, and wait until its next incarnation is ready."""
-        self._end(role, index, signal.SIGTERM)
+        self.end([(role, index)], signal.SIGTERM)
 
     def restart_all(self) -> None:
         """All API servers, one after another."""
@@ -82,16 +82,21 @@ class Faults:
         """Wait until every process is ready."""
         wait_for(lambda: all(p["state"] == "ready" for p in self.table()["processes"]), "every process", timeout_s)
 
-    def _end(self, role: str, index: int, number: signal.Signals) -> None:
-        before = self.row(role, index)
-        with suppress(ProcessLookupError):
-            os.kill(before["pid"], number)
+    def end(self, processes: Sequence[tuple[str, int]], number: signal.Signals) -> None:
+        """Signal these (role, index) at once, and wait until the next incarnation of each is ready."""
+        before = {process: self.row(*process) for process in processes}
+        for row in before.values():
+            with suppress(ProcessLookupError):
+                os.kill(row["pid"], number)
 
-        def is_back() -> bool:
-            row = self.row(role, index)
-            return row["incarnation"] > before["incarnation"] and row["state"] == "ready"
+        def are_back() -> bool:
+            rows = {process: self.row(*process) for process in processes}
+            return all(
+                row["state"] == "ready" and row["incarnation"] > before[process]["incarnation"]
+                for process, row in rows.items()
+            )
 
-        wait_for(is_back, f"the next incarnation of {role} {index}", 120.0)
+        wait_for(are_back, f"the next incarnations of {list(processes)}", 120.0)
 
 
 @contextmanager

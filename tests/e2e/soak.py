@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from metrics.deployment import API_SERVER, ENGINE, SUPERVISOR
 from metrics.laws import Finding, Status, check
 from tests.benchmarks.report import document, table
 from tests.e2e.faults import Faults
@@ -39,18 +41,24 @@ def acts(faults: Faults, args: argparse.Namespace, source: random.Random) -> dic
     def engine() -> int:
         return source.randrange(args.engines)
 
+    def engine_and_exporter() -> list[tuple[str, int]]:
+        index = engine()
+        return [(ENGINE, index), (API_SERVER, faults.exporter(index))]
+
     def seconds() -> float:
         return source.uniform(0.2, LONGEST_FREEZE_S)
 
     return {
-        "kill the exporter": lambda: faults.kill("api-server", faults.exporter(engine())),
-        "kill an API server": lambda: faults.kill("api-server", server()),
-        "kill an engine": lambda: faults.kill("engine", engine()),
-        "freeze the exporter": lambda: faults.freeze("api-server", faults.exporter(engine()), seconds()),
-        "freeze an API server": lambda: faults.freeze("api-server", server(), seconds()),
-        "freeze an engine": lambda: faults.freeze("engine", engine(), seconds()),
-        "freeze the supervisor": lambda: faults.freeze("supervisor", 0, seconds()),
-        "restart an API server": lambda: faults.restart("api-server", server()),
+        "kill the exporter": lambda: faults.kill(API_SERVER, faults.exporter(engine())),
+        "kill an API server": lambda: faults.kill(API_SERVER, server()),
+        "kill an engine": lambda: faults.kill(ENGINE, engine()),
+        "freeze the exporter": lambda: faults.freeze(API_SERVER, faults.exporter(engine()), seconds()),
+        "freeze an API server": lambda: faults.freeze(API_SERVER, server(), seconds()),
+        "freeze an engine": lambda: faults.freeze(ENGINE, engine(), seconds()),
+        "freeze the supervisor": lambda: faults.freeze(SUPERVISOR, 0, seconds()),
+        "kill all API servers": lambda: faults.end([(API_SERVER, i) for i in range(args.api_servers)], signal.SIGKILL),
+        "kill an engine and its exporter": lambda: faults.end(engine_and_exporter(), signal.SIGKILL),
+        "restart an API server": lambda: faults.restart(API_SERVER, server()),
     }
 
 

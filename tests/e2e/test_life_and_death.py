@@ -57,22 +57,6 @@ def test_children_end_when_the_supervisor_is_killed(tiny_model: Path):
         assert not alive
 
 
-def test_a_killed_api_server_comes_back_and_no_counter_falls(tiny_model: Path):
-    with served(tiny_model, "--api-server-count", "3") as deployment:
-        run(deployment, asks(12, prompt_tokens=(20, 40), max_tokens=8, vocab=250), at_a_time=6)
-        for index in range(3):
-            before = deployment.idle_metrics()
-            victim = deployment.pids("api-server")[index]
-            os.kill(victim, signal.SIGKILL)
-            wait_for(lambda index=index, v=victim: deployment.pids("api-server")[index] != v, "a new process")
-            after = deployment.idle_metrics()
-            assert not fallen(before, after)
-        run(deployment, asks(12, prompt_tokens=(20, 40), max_tokens=8, vocab=250, seed=1), at_a_time=6)
-        samples = deployment.idle_metrics()
-    assert total(samples, "wholebatch:delivered_tokens_total") == 24 * 8
-    assert total(samples, "vllm:generation_tokens_total") == 24 * 8
-
-
 def test_a_killed_engine_comes_back_its_waiting_requests_get_an_error_and_the_books_close(tiny_model: Path):
     with served(tiny_model, "--api-server-count", "2") as deployment:
         run(deployment, asks(6, prompt_tokens=(20, 40), max_tokens=8, vocab=250), at_a_time=6)
