@@ -37,7 +37,7 @@ from tests.e2e.load import Ask, stream
 from tests.e2e.prometheus import GRAFANA, Prometheus, fill_in, now, prometheus
 
 MODEL = "SmolLM2-135M-Instruct"
-NUM_ENGINES = 2
+NUM_ENGINES, NUM_CLIENTS = 2, 14
 WIDTH_INCHES, ROW_INCHES, DPI = 13.0, 0.24, 80
 COLUMNS = 24
 MAX_COLOURS = 96
@@ -84,7 +84,7 @@ class Waves:
             self._deployment.post("/v1/completions", {"prompt": "x", "max_tokens": -1})
         else:
             common = tuple(range(1000, 1064)) if kind < 0.5 else ()
-            own = tuple(source.randrange(100, 40_000) for _ in range(int(10 ** source.uniform(1, 2.4))))
+            own = tuple(source.randrange(100, 40_000) for _ in range(int(10 ** source.uniform(1, 2.3))))
             ask = Ask((*common, *own), source.randint(8, 48))
             stream(self._deployment, dataclasses.replace(ask, leaves_after_chunks=3) if kind > 0.95 else ask)
 
@@ -173,7 +173,8 @@ def draw_states(axes: Axes, panel: dict[str, Any], series: Sequence[Series]) -> 
         for first, last in zip(starts, [*starts[1:], len(values)], strict=True):
             begin, length = times[first], times[last - 1] - times[first] + 1
             axes.broken_barh([(begin, length)], (row - 0.4, 0.8), color=COLOURS[int(values[first]) % 10], alpha=0.6)
-            axes.text(begin + length / 2, row, f"{values[first]:.10g}", ha="center", va="center", fontsize=7)
+            if length > 0.1 * (times[-1] - times[0]):
+                axes.text(begin + length / 2, row, f"{values[first]:.10g}", ha="center", va="center", fontsize=7)
     axes.set_yticks(range(len(series)), [legend for legend, _, _ in series])
 
 
@@ -247,13 +248,13 @@ def main() -> None:
     fetch()
     flags = ["--api-server-count", "4", "--data-parallel-size", str(NUM_ENGINES), "--latency-buckets", "fine"]
     # Few KV blocks, so that there are preemptions to be seen.
-    flags += ["--served-model-name", MODEL, "--num-gpu-blocks-override", "96", "--max-model-len", "1024"]
+    flags += ["--served-model-name", MODEL, "--num-gpu-blocks-override", "36", "--max-model-len", "512"]
     with served(cached_path(), *flags) as deployment:
         target = deployment.url.removeprefix("http://")
         with prometheus([{"job_name": "wholebatch", "static_configs": [{"targets": [target]}]}]) as server:
             server.wait_for_scrape(now())
             start = now()
-            Waves(deployment, options.seconds).run(32)
+            Waves(deployment, options.seconds).run(NUM_CLIENTS)
             end = now()
             server.wait_for_scrape(end)
             for name in sorted(path.stem for path in (GRAFANA / "dashboards").glob("*.json")):

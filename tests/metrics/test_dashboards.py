@@ -8,13 +8,18 @@ import re
 from typing import Any
 
 import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from metrics import dashboards, promql
 from metrics.catalogue import METRICS, Kind, Scope
 from metrics.dashboards import DASHBOARDS, Q
+from metrics.generate import ROOT
 from metrics.panels import WIDTH
 from metrics.promql import QueryError, describe, metrics_in
 
+GRAFANA = ROOT / "metrics" / "grafana"
 MADE: dict[str, dict[str, Any]] = {name: json.loads(make()) for name, make in DASHBOARDS.items()}
 PANELS = [(name, panel) for name, made in MADE.items() for panel in made["panels"] if panel["type"] != "row"]
 QUERIES = [(name, panel, target["expr"]) for name, panel in PANELS for target in panel["targets"]]
@@ -74,6 +79,18 @@ def test_a_dashboard_leads_to_the_others_with_what_is_chosen(name: str):
     assert set(link["tags"]) <= set(MADE[name]["tags"])
     variables = [variable["name"] for variable in MADE[name]["templating"]["list"]]
     assert variables == ["datasource", "job", "model_name", "engine"]
+
+
+def test_there_is_a_small_picture_of_every_dashboard():
+    pictures = {path.stem: path.stat().st_size for path in GRAFANA.glob("*.png")}
+    assert set(pictures) == {name.removesuffix(".json") for name in MADE}
+    assert max(pictures.values()) <= 150_000
+
+
+def test_grafanas_own_model_reads_a_dashboard_back_whole():
+    register_default_plugins()
+    for made in MADE.values():
+        assert json.loads(JSONEncoder().encode(Dashboard.from_json(made))) == made
 
 
 def test_every_histogram_of_iterations_and_requests_has_a_heatmap():
