@@ -180,6 +180,16 @@ def counted(server: Prometheus, job: str) -> dict[tuple[str, frozenset[tuple[str
     return dict(sums)
 
 
+def both_counted(server: Prometheus) -> tuple[Any, Any] | None:
+    """By both jobs, once both have all series: those of an engine are absent while its exporter moves."""
+    public, discovered = counted(server, PUBLIC), counted(server, DISCOVERED)
+    has_engines = all(
+        any(name.startswith("vllm:iteration") and ("engine", engine) in labels for name, labels in public)
+        for engine in ("0", "1")
+    )
+    return (public, discovered) if has_engines and public.keys() == discovered.keys() else None
+
+
 def test_the_discovered_targets_sum_to_the_public_port_also_across_a_move_of_the_exporter(observed: Observed):
     deployment, server = observed
     for is_moved in (False, True):
@@ -187,7 +197,7 @@ def test_the_discovered_targets_sum_to_the_public_port_also_across_a_move_of_the
             move_the_exporter(deployment)
         samples = deployment.idle_metrics()
         server.wait_for_scrape(now())
-        public, discovered = counted(server, PUBLIC), counted(server, DISCOVERED)
+        public, discovered = wait_for(lambda: both_counted(server), "the same series from both jobs", 20.0)
         assert len(public) > 500
         assert discovered == pytest.approx(public, rel=1e-9)  # sums of seconds, to rounding
         key = ("vllm:iteration_tokens_total_count", frozenset({("model_name", MODEL), ("engine", "0")}))
