@@ -13,6 +13,7 @@ import collections
 import logging
 import os
 import queue
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from metrics.deployment import API_SERVER, TOPIC, Alive, Deployment, DeploymentE
 from metrics.election import Granter
 from metrics.layout import Layout
 from metrics.lifeline import Lifeline
-from metrics.snapshot import Heartbeat, Snapshot, SnapshotError, decode_to_beacon, encode
+from metrics.snapshot import CELL_BYTES, Grant, Heartbeat, Snapshot, SnapshotError, decode_to_beacon, encode
 from metrics.store import TallyStore
 
 log = logging.getLogger("engine.beacon")
@@ -235,7 +236,7 @@ class Beacon:
             grant=grant,
             echo=echo,
             is_stuck=self._is_stuck(now),
-            cells=cells,
+            cells=self._with_term(cells, grant),
         )
         is_sent = self._publisher.publish(broadcast.TOPIC_TALLY, encode(snapshot))
         self._published = sequence
@@ -244,8 +245,14 @@ class Beacon:
             log.info(
                 "event=grant term=%d.%d api_server=%d incarnation=%d", *grant.term, grant.api_server, grant.incarnation
             )
-            self._store.tally.set(self._cells.term, grant.term[0] * 1_000_000 + grant.term[1])
         self._publish_iterations()
+
+    def _with_term(self, cells: bytes, grant: Grant | None) -> bytes:
+        """What was committed, and the one gauge that is this snapshot's own: the term of its grant."""
+        patched = bytearray(cells)
+        term = 0 if grant is None else grant.term[0] * 1_000_000 + grant.term[1]
+        struct.pack_into("<d", patched, CELL_BYTES * self._cells.term, term)
+        return bytes(patched)
 
     def _publish_iterations(self) -> None:
         """Small records for people who watch; made only while somebody does."""

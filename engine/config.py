@@ -95,6 +95,8 @@ class DeploymentConfig:
     stats: StatsConfig
     engine_module: str = "engine.process"
     api_server_module: str = "frontend.server"
+    max_num_queued_reqs: int | None = None  # of the whole deployment; None: no limit
+    max_num_queued_tokens: int | None = None
     otlp_traces_endpoint: str | None = None
     otlp_metrics_endpoint: str | None = None
 

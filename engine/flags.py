@@ -210,6 +210,8 @@ def _add_server_flags(group: Any) -> None:
         metavar="PORT",
         help="admin port of API server 0, the next ones follow; 0 takes free ones (default: %(default)s)",
     )
+    for what, unit in (("reqs", "sequences in the deployment"), ("tokens", "prompt tokens not yet computed")):
+        add(f"--max-num-queued-{what}", type=_whole(1), metavar="N", help=f"refuse requests beyond so many {unit}")
 
 
 def _add_statistics_flags(group: Any) -> None:
@@ -299,6 +301,8 @@ def parse(arguments: list[str], environment: dict[str, str]) -> DeploymentConfig
         api_keys=tuple(keys),
         runtime_directory=str((flags.runtime_dir or default_runtime_directory()).absolute()),
         drain_timeout_s=flags.drain_timeout,
+        max_num_queued_reqs=flags.max_num_queued_reqs,
+        max_num_queued_tokens=flags.max_num_queued_tokens,
         otlp_traces_endpoint=flags.otlp_traces_endpoint,
         otlp_metrics_endpoint=flags.otlp_metrics_endpoint,
         freeze_timeout_s=flags.freeze_timeout,

@@ -107,9 +107,9 @@ class Supervisor:
         finally:
             signal.set_wakeup_fd(before)
             self._close()
-        if self._exit.message:
-            print(f"engine.serve: {' '.join(self._exit.message.split())}", file=sys.stderr)
         log.info("event=stopped exit_code=%d", self._exit.code)
+        if self._exit.message:  # the last line, where people look
+            print(f"engine.serve: {' '.join(self._exit.message.split())}", file=sys.stderr)
         return self._exit.code
 
     def _wait_s(self) -> float:
@@ -256,6 +256,8 @@ class Supervisor:
             "bucket_overrides": stats.bucket_overrides,
             "max_model_len": config.model.max_model_len,
             "drain_timeout_s": config.drain_timeout_s,
+            "max_num_queued_reqs": config.max_num_queued_reqs,
+            "max_num_queued_tokens": config.max_num_queued_tokens,
             "otlp_traces_endpoint": config.otlp_traces_endpoint,
             "otlp_metrics_endpoint": config.otlp_metrics_endpoint,
         }
