@@ -97,7 +97,7 @@ def _heading(figures: Figures, url: str, trouble: str, history: Sequence[float])
     line.add_column(ratio=1, no_wrap=True)
     line.add_column(justify="right", no_wrap=True)
     name = Text.assemble((" wholebatch ", "bold reverse"), " ", (figures.model, "bold"), " ", (url, DIM))
-    line.add_row(name, Text(trouble, BAD) if trouble else Text(f"last {number(figures.window_s)} s", DIM))
+    line.add_row(name, Text("NOT LIVE", BAD) if trouble else Text(f"last {number(figures.window_s)} s", DIM))
     rates = Text.assemble(
         " generated ",
         (f"{number(figures.generated_per_s)}/s", f"bold {ACCENT}"),
@@ -110,7 +110,7 @@ def _heading(figures: Figures, url: str, trouble: str, history: Sequence[float])
     line.add_row(rates, Text(sparkline(history), ACCENT))
     finished = " ".join(f"{reason} {number(n)}" for reason, n in (figures.finished or {}).items() if n)
     line.add_row(Text.assemble(" finished ", (finished or UNKNOWN, "bold"), ("  requests", DIM)), "")
-    return line
+    return Group(line, Text(f" {trouble}", BAD, no_wrap=True, overflow="ellipsis")) if trouble else line
 
 
 def _table(*columns: str, left: Sequence[str] = ()) -> Table:

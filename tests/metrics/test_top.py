@@ -170,7 +170,10 @@ def test_a_violated_law_and_an_unreachable_server_are_said():
     broken[key("wholebatch:audit_imbalance_tokens", law="tokens")] = 7.0
     figures = work_out(Window(None, Scrape(broken, 0.0)), {}, TABLE)
     assert "VIOLATED tokens by 7 (3 times)" in text(figures)
-    assert "for 3 s: refused" in text(figures, trouble="for 3 s: refused")
+    old = text(figures, trouble="for 3 s: refused" + "." * 200)
+    assert "NOT LIVE" in old
+    assert "for 3 s: refused" in old
+    assert max(map(len, old.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
