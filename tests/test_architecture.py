@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("engine", "frontend", "metrics")
 DEVICE_CODE = ("engine.runner", "engine.sampler", "engine.models", "engine.kernels", "engine.weights")
+ONLY_IN = {"opentelemetry": ("frontend.otlp",), "rich": ("metrics.top", "metrics.top_view")}
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
@@ -71,6 +72,12 @@ def forbidden(module: str) -> tuple[str, ...]:
 def test_a_module_imports_only_what_its_layer_may(module: str):
     wrong = {name for name in imports(MODULES[module]) if is_in(name, forbidden(module))}
     assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_a_package_for_one_purpose_is_imported_for_it_alone(package: str):
+    using = {name for name, path in MODULES.items() if any(is_in(i, (package,)) for i in imports(path))}
+    assert using == set(ONLY_IN[package])
 
 
 def test_imports_have_no_cycle():
