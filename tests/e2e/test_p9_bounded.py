@@ -13,8 +13,8 @@ import psutil
 from tests.e2e.harness import Served, served
 from tests.e2e.load import asks, run
 
-NUM_SERVERS = 3
-NUM_ROUNDS = 4  # of a restart of every child at once
+NUM_SERVERS = 4
+NUM_ROUNDS = 4  # of a restart of every API server at once
 GROWTH_BYTES = 4 * 2**20  # of the supervisor's memory: allocator's pages, not one record a restart
 
 
@@ -29,17 +29,18 @@ def test_restarts_add_no_series_no_file_and_no_memory(tiny_model: Path):
         supervisor = psutil.Process(deployment.process.pid)
         run(deployment, asks(4, prompt_tokens=(20, 40), max_tokens=8, vocab=250), at_a_time=4)
 
-        def restart_all() -> None:
-            victims = deployment.pids("api-server") + deployment.pids("engine")
+        def restart_all(*more: int) -> None:
+            victims = [*deployment.pids("api-server"), *more]
             for number, pid in enumerate(victims):
                 os.kill(pid, signal.SIGTERM if number % 2 else signal.SIGKILL)
             deployment.wait_until_restarted(victims)
 
-        restart_all()
+        restart_all(*deployment.pids("engine"))
         series, kept = set(deployment.balanced_metrics()), files(deployment)
         memory, descriptors = supervisor.memory_info().rss, supervisor.num_fds()
         for _ in range(NUM_ROUNDS):
             restart_all()
+        restart_all(*deployment.pids("engine"))
         assert set(deployment.balanced_metrics()) == series
         assert files(deployment) == kept
         assert supervisor.num_fds() <= descriptors + NUM_SERVERS + 1  # the tallies, if the audit had read none before
