@@ -26,6 +26,7 @@ MAX_ENGINE_FAILURES: Final = 5
 ENGINE_END_S: Final = 5.0  # from SIGTERM to SIGKILL
 MAX_TICK_GAP_S: Final = 1.0  # a longer one means that the supervisor itself was stopped
 DRAIN_MARGIN_S: Final = 5.0  # an API server's, beyond its drain
+SHADOW_S: Final = 0.5  # a signal so soon after the first is the same
 
 Key = tuple[str, int]  # (role, index)
 
@@ -99,6 +100,7 @@ class Supervision:
     has_been_ready: bool = False
     _children: dict[Key, _Child] = field(default_factory=dict)
     _ticked_at: float | None = None
+    _told_at: float = 0.0  # when the last signal came
     _stopping: str = ""  # "", API_SERVER (they drain), ENGINE (they end)
     _exit: Exit = field(default_factory=lambda: Exit(0))
 
@@ -186,7 +188,11 @@ class Supervision:
         return self._advance(now)
 
     def on_signal(self, now: float) -> list[Action]:
-        """SIGTERM or SIGINT: the first stops in order, the second at once."""
+        """SIGTERM or SIGINT: the first stops in order, a second one at once. What follows the first like its shadow is
+        no second thought: `timeout` signals a process and then its group, a terminal the whole group."""
+        if self.is_stopping and now - self._told_at < SHADOW_S:
+            return []
+        self._told_at = now
         return self._stop(Exit(0), now, kill=self.is_stopping)
 
     def tick(self, now: float) -> list[Action]:

@@ -290,9 +290,18 @@ def test_an_engine_that_was_ready_may_fail_again_four_times_but_not_five():
     assert "ended 5 times" in world.signals[-1].why
 
 
+def test_a_signal_that_comes_twice_is_one():
+    world = World().start()
+    world.obey(world.machine.on_signal(world.now))
+    world.tick(0.4)
+    world.obey(world.machine.on_signal(world.now))
+    assert not world.killed()
+
+
 def test_a_second_signal_kills_at_once():
     world = World().start()
     world.obey(world.machine.on_signal(world.now))
+    world.tick(0.6)
     world.obey(world.machine.on_signal(world.now))
     assert sorted(world.killed()) == [(API_SERVER, 0), (API_SERVER, 1), (ENGINE, 0)]
     for role, index in list(world.running):
