@@ -115,7 +115,9 @@ def quantile(q: float, buckets: Sequence[Bucket]) -> float | None:
     low = below = 0.0
     for bound, at_or_below in buckets:
         if at_or_below >= rank and at_or_below > below:
-            return low if math.isinf(bound) else low + (bound - low) * max(rank - below, 0.0) / (at_or_below - below)
+            if math.isinf(bound):
+                return low
+            return min(bound, low + (bound - low) * max(rank - below, 0.0) / (at_or_below - below))
         if not math.isinf(bound):
             low, below = bound, at_or_below
     return low

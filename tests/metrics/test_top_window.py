@@ -6,7 +6,7 @@ import bisect
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from metrics.window import START, Scrape, Window, divide, per_bucket, quantile
@@ -28,6 +28,7 @@ def cumulative(observations: list[float], bounds: list[float]) -> list[tuple[flo
     return [(bound, float(sum(o <= bound for o in observations))) for bound in [*bounds, math.inf]]
 
 
+@example(observations=[1.0, 1.0, 1.0, 86.0, 86.0, 86.0], bounds=[85.91569098170763], q=0.5)
 @given(observations=OBSERVATIONS, bounds=BOUNDS, q=QUANTILES)
 def test_a_quantile_is_estimated_in_the_bucket_where_the_observation_of_that_rank_is(observations, bounds, q):
     rank = max(1, math.ceil(q * len(observations) - 1e-9))
