@@ -24,6 +24,7 @@ from engine.wire import Abort, Goodbye, Hello, Output, Outputs, SamplingParams, 
 from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests
 from frontend.generation import Asked, Delta, Generation, SequenceState
 from frontend.group_commit import GroupCommit
+from frontend.origin import ORIGIN
 from frontend.request_record import EngineRecord, RequestRecord
 from frontend.routing import Router
 from frontend.sockets import Messages, SocketReader
@@ -196,7 +197,11 @@ class EngineClients:
             self._record.rejected("max_num_queued_reqs")
             raise TooManyRequests("the engine's queue is full, try again", code="queue_full")
         asked = Asked(
-            num_prompt_tokens=len(prompt_token_ids), max_tokens=sampling.max_tokens, n=n, arrived_at=arrived_at
+            num_prompt_tokens=len(prompt_token_ids),
+            max_tokens=sampling.max_tokens,
+            n=n,
+            arrived_at=arrived_at,
+            origin=ORIGIN.get(),
         )
         ids = [next(self._request_ids) for _ in range(n)]
         generation = Generation(connection, connection.record, self._group, self._clock, asked, ids)

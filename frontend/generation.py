@@ -19,6 +19,7 @@ from engine.wire import Finish, Output, Start, TokenLogprobs
 from frontend.errors import EngineLost
 from frontend.group_commit import GroupCommit
 from frontend.request_record import OBSERVED_REASONS, REASON_ORDER, EngineRecord, EngineTimes, FinishedRequest
+from metrics.exemplars import Origin
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class Asked:
     max_tokens: int
     n: int
     arrived_at: float  # on the API server's clock
+    origin: Origin | None = None
 
 
 class EngineSide(Protocol):
@@ -88,6 +90,7 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
         self._num_held = 0
         self._has_first_token = False
+        self._longest_gap_s: float | None = None
         self._is_finished = False
         self._is_closed = False
         self.error: EngineLost | None = None
@@ -194,7 +197,7 @@ class Generation:
     def _observe_tokens(self, sequence: SequenceState, num_tokens: int, at: float) -> None:
         if not self._has_first_token:
             self._has_first_token = True
-            self._record.first_token(self._clock() - self._asked.arrived_at)
+            self._record.first_token(self._clock() - self._asked.arrived_at, self._asked.origin)
         num_later, gap_s = num_tokens, (at - sequence.last_at) / num_tokens
         if sequence.num_tokens == 0:
             self._record.prefilling(-self._asked.num_prompt_tokens)
@@ -202,6 +205,7 @@ class Generation:
             num_later, gap_s = num_tokens - 1, 0.0
         if num_later:
             self._record.later_tokens(gap_s, num_later)
+            self._longest_gap_s = max(self._longest_gap_s or 0.0, gap_s)
         sequence.last_at = at
         sequence.num_tokens += num_tokens
 
@@ -248,6 +252,8 @@ class Generation:
             decode_s=last_at - first_at,
             longest_decode_s=longest.last_at - longest.first_at,
             engine=_engine_times(starts, first_at, last_at) if starts else None,
+            longest_gap_s=self._longest_gap_s,
+            origin=self._asked.origin,
         )
 
 

@@ -21,6 +21,7 @@ from frontend.answer import Answer, Generation, Piece
 from frontend.chat_template import ChatTemplateError
 from frontend.detokenizer import SequenceText, StopStrings
 from frontend.errors import ApiError, BadRequest, NotFound, error_body
+from frontend.origin import ORIGIN, origin_of
 from frontend.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -74,7 +75,10 @@ class OpenAIService:
         prompts = [await self._prompt_ids(prompt, request) for prompt in request.prompt]
         echoes = [self._prompt_text(prompt, request) for prompt in request.prompt] if request.echo else []
         reply = CompletionReply(
-            **self._heading("cmpl", model, request), token_bytes=self._tokenizer.token_bytes, n=request.n, echoes=echoes
+            **self._heading("cmpl", http, model, request),
+            token_bytes=self._tokenizer.token_bytes,
+            n=request.n,
+            echoes=echoes,
         )
         return await self._answer(http, request, prompts, reply, arrived_at)
 
@@ -84,7 +88,7 @@ class OpenAIService:
         request = parse_request(ChatRequest, await http.read())
         model = self._model(request)
         prompt = await self._prompt_ids(self._conversation(request), request)
-        reply = ChatReply(**self._heading("chatcmpl", model, request), token_bytes=self._tokenizer.token_bytes)
+        reply = ChatReply(**self._heading("chatcmpl", http, model, request), token_bytes=self._tokenizer.token_bytes)
         return await self._answer(http, request, [prompt], reply, arrived_at)
 
     async def models(self, http: web.Request) -> web.StreamResponse:
@@ -114,9 +118,10 @@ class OpenAIService:
     def _model(self, request: GenerationRequest) -> str:
         return self._names[0] if request.model is None else self._known(request.model)
 
-    def _heading(self, prefix: str, model: str, request: GenerationRequest) -> dict[str, Any]:
+    def _heading(self, prefix: str, http: web.Request, model: str, request: GenerationRequest) -> dict[str, Any]:
         response_id = f"{prefix}-{uuid.uuid4().hex}"
         describe(model, response_id)
+        ORIGIN.set(origin_of(http.headers.get("traceparent", ""), response_id))
         return {
             "id": response_id,
             "created": int(time.time()),

@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from metrics.catalogue import ENDED_REASONS, FINISHED_REASONS, HANDLERS, METHODS, STATUSES, UNDELIVERED_REASONS
+from metrics.exemplars import Origin
 from metrics.layout import Histogram, Layout
 from metrics.tally import Tally, TallyError
 
 OBSERVED_REASONS: Final = ("stop", "length", "repetition")  # histograms of finished requests observe these only
 REASON_ORDER: Final = ("error", "abort", "length", "repetition", "stop")  # of n sequences: the first present
 OTHER: Final = "other"  # any method or route that has no label of its own
+
+Exemplify = Callable[[Histogram, float, Origin], None]  # what a histogram has observed, of which request; never raises
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +52,21 @@ class FinishedRequest:
     decode_s: float  # first token to last
     longest_decode_s: float  # of the sequence with most tokens
     engine: EngineTimes | None  # None: it never had a token
+    longest_gap_s: float | None = None  # between two tokens of a sequence; None: there were no two
+    origin: Origin | None = None
 
 
 class EngineRecord:
     """What this API server counts about its requests on one engine."""
 
-    def __init__(self, tally: Tally, layout: Layout, engine: int, observe: Callable[[Histogram, float, int], None]):
+    def __init__(
+        self,
+        tally: Tally,
+        layout: Layout,
+        engine: int,
+        observe: Callable[[Histogram, float, int], None],
+        exemplify: Exemplify,
+    ) -> None:
         label = str(engine)
 
         def cell(name: str, **labels: str) -> int:
@@ -62,6 +74,7 @@ class EngineRecord:
 
         self._tally = tally
         self._observe = observe
+        self._exemplify = exemplify
         self._received = cell("wholebatch:received_tokens_total")
         self._delivered = cell("wholebatch:delivered_tokens_total")
         self._undelivered = {r: cell("wholebatch:undelivered_tokens_total", reason=r) for r in UNDELIVERED_REASONS}
@@ -108,9 +121,10 @@ class EngineRecord:
         assert self.num_prefill_tokens >= 0, "more prompt tokens were computed than submitted"
         self._tally.set(self._prefill_tokens, self.num_prefill_tokens)
 
-    def first_token(self, seconds: float) -> None:
+    def first_token(self, seconds: float, origin: Origin | None = None) -> None:
         """A request's first token came, so long after the request."""
         self._observe(self._histograms["time_to_first_token_seconds"], seconds, 1)
+        self._exemplary("time_to_first_token_seconds", seconds, origin)
 
     def later_tokens(self, gap_s: float, num_tokens: int) -> None:
         """Later tokens of a sequence came, each so long after the one before."""
@@ -142,6 +156,8 @@ class EngineRecord:
         }
         for name, value in values.items():
             self._observe(self._histograms[name], value, 1)
+        self._exemplary("e2e_request_latency_seconds", request.e2e_s, request.origin)
+        self._exemplary("inter_token_latency_seconds", request.longest_gap_s, request.origin)
         if request.engine is not None:
             self.engine_times(request.engine)
 
@@ -158,6 +174,10 @@ class EngineRecord:
         in_flight = cells[self._submitted] - sum(cells[c] for c in self._ended.values())
         self._tally.inc(self._undelivered["server_lost"], held)
         self._tally.inc(self._ended["server_lost"], in_flight)
+
+    def _exemplary(self, name: str, seconds: float | None, origin: Origin | None) -> None:
+        if origin is not None and seconds is not None:
+            self._exemplify(self._histograms[name], seconds, origin)
 
     def _set_in_flight(self, num_sequences: int) -> None:
         assert num_sequences >= 0, "more sequences ended than were submitted"
@@ -187,10 +207,18 @@ _HISTOGRAMS: Final = (
 class RequestRecord:
     """One API server's counts: an `EngineRecord` per engine, and what belongs to no engine."""
 
-    def __init__(self, tally: Tally, layout: Layout, num_engines: int) -> None:
+    def __init__(
+        self,
+        tally: Tally,
+        layout: Layout,
+        num_engines: int,
+        exemplify: Exemplify = lambda histogram, value, origin: None,
+    ) -> None:
         self._tally = tally
         self._layout = layout
-        self.engines = tuple(EngineRecord(tally, layout, engine, self._observe) for engine in range(num_engines))
+        self.engines = tuple(
+            EngineRecord(tally, layout, engine, self._observe, exemplify) for engine in range(num_engines)
+        )
         self._http = {
             (method, handler, status): layout.cell("http_requests_total", method=method, handler=handler, status=status)
             for method in METHODS

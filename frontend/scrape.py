@@ -3,7 +3,8 @@
 Public port: the whole deployment. Request-level series are summed over every API server's tally file, whichever API
 server answers; each engine's series come from its exporter; every process has its own process series. Admin port:
 this process's own, and the series of the engines whose exporter it is, so that the admin ports sum to the public one;
-or its own alone, for targets by discovery (`frontend.discovery`), where every engine is a target of its own.
+or its own alone, for targets by discovery (`frontend.discovery`), where every engine is a target of its own. Exemplars
+go with the request-level series, in OpenMetrics: of each bucket the newest one, of any API server or of this one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from frontend.exporter import Exportable, Exporter
 from frontend.pool import cache_config
 from frontend.scrape_request import ScrapeRequest
 from metrics.deployment import API_SERVER, ENGINE, ROLES, SUPERVISOR, Deployment, Facts
+from metrics.exemplar_store import exemplars_path, read_exemplars
+from metrics.exemplars import Slots
 from metrics.exposition import (
     PROCESS_SCOPES,
+    Exemplars,
     Part,
     Renderer,
     Template,
@@ -115,6 +119,8 @@ class Scrape:
             for role, i in indices
         ]
         layout = layouts[API_SERVER]
+        self._slots = Slots(layout)
+        self._exemplar_paths = [exemplars_path(directory, API_SERVER, i) for i in range(shape.num_api_servers)]
         self._labelled_own = self._processes[index]
         self._own = ProcessTally(directory, API_SERVER, index, layout, label=None, log_stats=log_stats)
         self._cache_config = cache_config(facts)
@@ -129,7 +135,7 @@ class Scrape:
         found = await asyncio.gather(*(self._exporter.series(engine) for engine in engines))
         exportable = {engine: one for engine, one in zip(engines, found, strict=True) if one is not None}
         return self._render(
-            exportable, lambda fresh: [*self._shared_parts(), *self._engine_parts(fresh, engines)], asked
+            exportable, lambda fresh: [*self._shared_parts(asked), *self._engine_parts(fresh, engines)], asked
         )
 
     async def engine(self, engine: int, asked: ScrapeRequest) -> bytes:
@@ -145,14 +151,14 @@ class Scrape:
 
     def own(self, asked: ScrapeRequest) -> bytes:
         """The body for this process alone, without an engine's series; labelled as on the public port."""
-        return self._render({}, lambda fresh: self._own_parts(self._labelled_own), asked)
+        return self._render({}, lambda fresh: self._own_parts(self._labelled_own, asked), asked)
 
     def admin(self, asked: ScrapeRequest) -> bytes:
         """The body for this process and the engines whose exporter it is."""
         held = {engine: self._exporter.held(engine) for engine in range(self.num_engines)}
         exportable = {engine: one for engine, one in held.items() if one is not None}
         return self._render(
-            exportable, lambda fresh: [*self._own_parts(self._own), *self._engine_parts(fresh, [*fresh])], asked
+            exportable, lambda fresh: [*self._own_parts(self._own, asked), *self._engine_parts(fresh, [*fresh])], asked
         )
 
     def in_flight(self, *, including_own: bool = True) -> InFlight:
@@ -180,7 +186,7 @@ class Scrape:
 
     # --- parts ---
 
-    def _shared_parts(self) -> list[Part]:
+    def _shared_parts(self, asked: ScrapeRequest) -> list[Part]:
         """Request-level series summed, and each process's own."""
         parts = [scrape_part([("python_info", python_info(), 1.0)])]
         tallies = []
@@ -193,7 +199,7 @@ class Scrape:
             if process.role == API_SERVER:
                 tallies.append((reading.cells, reading.created_unix, is_alive))
         cells, created_unix = add_up(self._layouts[API_SERVER], tallies)
-        return [self._requests.part(cells, created_unix), *parts]
+        return [self._requests.part(cells, created_unix, self._exemplars(self._exemplar_paths, asked)), *parts]
 
     def _process(self, process: ProcessTally) -> list[Part]:
         reading = process.read()
@@ -201,12 +207,17 @@ class Scrape:
             return []
         return [process.part(reading, self._is_alive(process.role, process.index, reading))]
 
-    def _own_parts(self, own: ProcessTally) -> list[Part]:
+    def _own_parts(self, own: ProcessTally, asked: ScrapeRequest) -> list[Part]:
         parts = [scrape_part([("python_info", python_info(), 1.0)])]
         reading = own.read()
         if reading is not None:
-            parts += [self._requests.part(reading.cells, reading.created_unix), own.part(reading, True)]
+            exemplars = self._exemplars([self._exemplar_paths[self._index]], asked)
+            parts += [self._requests.part(reading.cells, reading.created_unix, exemplars), own.part(reading, True)]
         return parts
+
+    def _exemplars(self, paths: Sequence[str], asked: ScrapeRequest) -> Exemplars:
+        """Nothing is read for a format that has none."""
+        return read_exemplars(paths, self._slots) if asked.form.is_openmetrics else {}
 
     def _engine_parts(self, fresh: Engines, engines: Sequence[int]) -> list[Part]:
         """The series of those that are fresh; of the others only that they are absent."""

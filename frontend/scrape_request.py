@@ -2,9 +2,6 @@
 
 `name[]=` restricts an answer as prometheus_client's servers do: samples of these names stay, each family with its HELP
 and TYPE. Also a family's own name stands for all of its samples.
-
-No exemplars. An exemplar is one request's, known to one process; on the public port every API server gives the same
-answer (P5), which is made of tallies, and a tally is numbers only.
 """
 
 from __future__ import annotations

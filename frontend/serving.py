@@ -28,6 +28,9 @@ from frontend.scrape import Layouts, Scrape
 from frontend.tokenizer import Tokenizer
 from frontend.tracing import TracedClients
 from metrics.deployment import API_SERVER, ENGINE, Facts
+from metrics.exemplar_store import ExemplarStore, exemplars_path
+from metrics.exemplars import Origin
+from metrics.layout import Histogram
 from metrics.process import ProcessMetrics
 from metrics.store import TallyStore, tally_path
 
@@ -55,9 +58,14 @@ class Serving:
         self._view = view
         self._num_rejected_tables = 0
         self._store = _open_store(config, layouts)
-        self.record = RequestRecord(self._store.tally, layouts[API_SERVER], config.num_engines)
+        self._exemplars: ExemplarStore | None = None
+        self.record = RequestRecord(self._store.tally, layouts[API_SERVER], config.num_engines, self._exemplify)
         self.record.close_books()
         self._bulkhead = Bulkhead(self.record)
+        if config.log_stats:
+            with self._bulkhead.around("record"):
+                path = exemplars_path(config.directory, API_SERVER, config.index)
+                self._exemplars = ExemplarStore(path, layouts[API_SERVER], time.time)
         self.group = GroupCommit(self._store.commit, lambda error: self._bulkhead.caught("commit", error))
         self.group.now()
         self._admission = Admission(
@@ -123,6 +131,8 @@ class Serving:
             await self._telemetry.close()
         self.group.now()
         self._store.close()
+        if self._exemplars is not None:
+            self._exemplars.close()
 
     def _service(self, config: ServerConfig, facts: Facts, tokenizer: Tokenizer) -> OpenAIService:
         """The API, with every request's end told where somebody asks for it."""
@@ -162,6 +172,11 @@ class Serving:
         with self._bulkhead.around("scrape"):
             return self.scrape.in_flight(including_own=False)
         return InFlight(0, 0)
+
+    def _exemplify(self, histogram: Histogram, value: float, origin: Origin) -> None:
+        if self._exemplars is not None:
+            with self._bulkhead.around("record"):
+                self._exemplars.keep(histogram, value, origin)
 
     def _on_rejected(self, limit: str) -> None:
         self.record.rejected(limit)

@@ -10,6 +10,7 @@ import pytest
 import zmq
 
 from frontend.bulkhead import Bulkhead
+from metrics.exemplars import Origin
 from metrics.process import ProcessMetrics
 from metrics.tally import TallyError
 from tests.frontend.deployments import Deployed, Node, total, until
@@ -134,6 +135,16 @@ async def test_a_full_disk_under_a_running_tally_is_counted_and_answers_go_on(de
     samples = await node.scrape()
     assert total(samples, "wholebatch:received_tokens_total") == 5
     assert await faults(node, "commit") >= 1
+
+
+async def test_an_exemplar_that_cannot_be_kept_is_counted_and_what_was_observed_stays(deploy: Any):
+    deployed = await deploy(1)
+    node = await held(deployed)
+    node.serving._exemplars.close()
+    node.serving.record.engines[0].first_token(0.25, Origin("request_id", "cmpl-1"))
+    node.serving.group.now()
+    assert await faults(node, "record") == 1
+    assert total(await node.scrape(), "vllm:time_to_first_token_seconds_count") == 1
 
 
 async def test_a_value_that_is_none_costs_no_request_and_no_other_figure(deploy: Any):

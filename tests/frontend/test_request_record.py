@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from frontend.group_commit import GroupCommit
 from frontend.request_record import EngineTimes, FinishedRequest, RequestRecord
 from metrics.deployment import API_SERVER
+from metrics.exemplars import Origin
 from metrics.layout import Histogram, Layout, Shape, build_layout
 from metrics.tally import GaugesOnly, Tally
 
@@ -105,6 +106,21 @@ def test_a_value_that_cannot_be_observed_is_counted_as_a_fault_and_raises_nothin
     record.engines[0].first_token(value)
     assert cell(tally, "wholebatch:bulkhead_errors_total", where="record") == 1
     assert observed(tally, "vllm:time_to_first_token_seconds", engine="0") == (0, 0)
+
+
+def test_exemplars_are_told_of_requests_whose_origin_is_known_and_of_what_was_observed():
+    tally, told = Tally(LAYOUT), []
+    record = RequestRecord(tally, LAYOUT, NUM_ENGINES, lambda *observed: told.append(observed))
+    engine, origin = record.engines[1], Origin("request_id", "cmpl-1")
+    engine.first_token(0.5)
+    engine.finished(finished())
+    assert told == []
+    engine.first_token(0.5, origin)
+    engine.finished(finished(origin=origin, longest_gap_s=0.25))
+    engine.finished(finished(origin=origin))  # one token: no gap
+    names = ("time_to_first_token", "e2e_request_latency", "inter_token_latency", "e2e_request_latency")
+    histograms = [LAYOUT.histogram(f"vllm:{name}_seconds", engine="1") for name in names]
+    assert told == [(h, v, origin) for h, v in zip(histograms, (0.5, 2.0, 0.25, 2.0), strict=True)]
 
 
 def test_http_answers_count_by_template_and_class_and_nothing_else_makes_a_series():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.samples import Exemplar as LibraryExemplar
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 from metrics.catalogue import METRICS, Kind, Scope
 from metrics.deployment import API_SERVER, ENGINE, SUPERVISOR
+from metrics.exemplars import LABELS, Exemplar, Origin, Slots
 from metrics.exposition import (
     OPENMETRICS,
     PROCESS_SCOPES,
@@ -52,9 +56,14 @@ class Registry:
         return self._families
 
 
-def oracle(parts: list[tuple[str, tuple[Scope, ...], dict[str, str], np.ndarray, float]], *, with_created: bool):
+def oracle(
+    parts: list[tuple[str, tuple[Scope, ...], dict[str, str], np.ndarray, float]],
+    *,
+    with_created: bool,
+    exemplars: Mapping[int, Exemplar] = MappingProxyType({}),
+):
     """The families of tallies, made one sample at a time and without any of the code under test.
-    A part is (role, scopes, constant labels, cells, created)."""
+    A part is (role, scopes, constant labels, cells, created); exemplars are of request scope."""
     families: dict[str, Family] = {}
     kinds = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, Kind.HISTOGRAM: HistogramMetricFamily}
     for role, scopes, constant, cells, created in parts:
@@ -78,10 +87,13 @@ def oracle(parts: list[tuple[str, tuple[Scope, ...], dict[str, str], np.ndarray,
             if series.bounds is None:
                 family.add_metric(given_values, shown[0])
             else:
-                counts, total = [], 0.0
-                for bound, count in zip((*series.bounds, math.inf), shown[:-1], strict=True):
-                    total += count
-                    counts.append((floatToGoString(bound), total))
+                counts: list[Any] = []
+                total = 0.0
+                for cell, bound in enumerate((*series.bounds, math.inf), series.offset):
+                    total += float(cells[cell])
+                    found = exemplars.get(cell) if metric.scope is Scope.REQUEST else None
+                    shown_at = found and LibraryExemplar({found.origin.label: found.origin.id}, found.value, found.unix)
+                    counts.append((floatToGoString(bound), total, shown_at))
                 family.add_metric(given_values, counts, shown[-1])
             if with_created and metric.kind is not Kind.GAUGE:
                 family.samples.append(Sample(f"{family.name}_created", labels, created, None, None, None))
@@ -117,15 +129,33 @@ TEMPLATES = [
 ]
 
 
+exemplars = st.dictionaries(
+    st.sampled_from(Slots(LAYOUTS[API_SERVER]).cells),
+    st.builds(
+        Exemplar, st.floats(0, 4e9), st.floats(0, 1e9), st.builds(Origin, st.sampled_from(LABELS), st.text(max_size=43))
+    ),
+    max_size=6,
+)
+
+
 @settings(max_examples=50)
-@given(st.tuples(*(tallies(role) for role, _, _ in PARTS)), st.floats(1e9, 2e9), st.sets(st.sampled_from(range(6))))
-def test_the_text_is_what_the_client_library_writes(cells: tuple[np.ndarray, ...], created: float, which: set[int]):
+@given(
+    st.tuples(*(tallies(role) for role, _, _ in PARTS)),
+    st.floats(1e9, 2e9),
+    st.sets(st.sampled_from(range(6))),
+    exemplars,
+)
+def test_the_text_is_what_the_client_library_writes(
+    cells: tuple[np.ndarray, ...], created: float, which: set[int], exemplars: dict[int, Exemplar]
+):
     chosen = sorted(which)
-    parts = [TEMPLATES[i].part(cells[i], created + i) for i in chosen]
+    shown = [exemplars if PARTS[i][1] == (Scope.REQUEST,) else {} for i in chosen]
+    parts = [TEMPLATES[i].part(cells[i], created + i, of) for i, of in zip(chosen, shown, strict=True)]
     described = [(*PARTS[i], cells[i], created + i) for i in chosen]
     expected = exposition_of_library(oracle(described, with_created=False))
     assert RENDERER.render(parts, TEXT) == expected
-    expected = openmetrics.generate_latest(oracle(described, with_created=True), escaping=openmetrics.ALLOWUTF8)
+    registry = oracle(described, with_created=True, exemplars=exemplars)
+    expected = openmetrics.generate_latest(registry, escaping=openmetrics.ALLOWUTF8)
     assert RENDERER.render(parts, OPENMETRICS) == expected
 
 
@@ -167,6 +197,20 @@ def test_openmetrics_is_accepted_by_a_strict_parser_and_keeps_colons():
     assert "\n# UNIT vllm:time_to_first_token_seconds seconds\n" in body
     assert "\n# UNIT vllm:generation_tokens tokens\n" in body
     assert "# UNIT vllm:iteration_tokens_total" not in body
+
+
+def test_exemplars_are_read_by_a_strict_parser_and_only_in_openmetrics():
+    cell = LAYOUTS[API_SERVER].histogram("vllm:time_to_first_token_seconds", engine="1").offset + 2
+    trace = Origin("trace_id", "0af7651916cd43dd8448eb211c80319c")
+    cells = np.ones(LAYOUTS[API_SERVER].num_cells)
+    parts = [TEMPLATES[2].part(cells, 1.5e9, {cell: Exemplar(1.6e9, 0.0075, trace), 10**6: Exemplar(0.0, 0.0, trace)})]
+    families = parse_openmetrics(RENDERER.render(parts, OPENMETRICS).decode())
+    [sample] = [sample for family in families for sample in family.samples if sample.exemplar]
+    assert sample.name == "vllm:time_to_first_token_seconds_bucket"
+    assert (sample.labels["engine"], sample.labels["le"]) == ("1", "0.01")
+    assert sample.exemplar.labels == {"trace_id": trace.id}
+    assert (sample.exemplar.value, float(sample.exemplar.timestamp)) == (0.0075, 1.6e9)
+    assert RENDERER.render(parts, TEXT) == RENDERER.render([TEMPLATES[2].part(cells, 1.5e9)], TEXT)
 
 
 def test_each_family_stands_once_though_several_parts_carry_it():
