@@ -35,9 +35,9 @@ from metrics.lifeline import make_lifeline, read_reports
 log = logging.getLogger("engine.supervisor")
 
 PUBLISH_S: Final = 0.1
-# How long a computing thread spins for the others, unless the operator's environment says otherwise. OpenMP's own choice
-# lets a process beside the engine stall it. Measured: 2 cores, concurrency 8, output tokens/s on a quiet machine and
-# beside one busy process: OpenMP's choice 74 and below 12; 20000 turns 71 and 30; no spinning at all 66 and 44.
+# How long computing threads spin for each other, where the operator's environment does not say. OpenMP's own choice lets
+# a process beside the engine stall it. Measured: 2 cores, concurrency 8, output tokens/s on a quiet machine and beside
+# one busy process: OpenMP's choice 74 and below 15; 20000 turns 71 and 30; no spinning at all 66 and 44.
 COMPUTING: Final = {"GOMP_SPINCOUNT": "20000"}
 BACKLOG: Final = 1024
 
@@ -214,7 +214,7 @@ class Supervisor:
                 pass_fds=[*inherited, config_fd],
                 stdin=subprocess.DEVNULL,
                 process_group=0,
-                env={**COMPUTING, **os.environ},
+                env={**({} if "OMP_WAIT_POLICY" in os.environ else COMPUTING), **os.environ},
             )
             on_error.callback(popen.wait)
             on_error.callback(popen.kill)
