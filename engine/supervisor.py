@@ -35,9 +35,9 @@ from metrics.lifeline import make_lifeline, read_reports
 log = logging.getLogger("engine.supervisor")
 
 PUBLISH_S: Final = 0.1
-# How long computing threads spin for each other, where the operator's environment does not say. OpenMP's own choice lets
-# a process beside the engine stall it. Measured: 2 cores, concurrency 8, output tokens/s on a quiet machine and beside
-# one busy process: OpenMP's choice 74 and below 15; 20000 turns 71 and 30; no spinning at all 66 and 44.
+# How long computing threads spin for each other, where the operator's environment does not say. OpenMP's own choice
+# lets a process beside the engine stall it. Measured: 2 cores, concurrency 8, output tokens/s on a quiet machine and
+# beside one busy process: OpenMP's choice 74 and below 15; 20000 turns 71 and 30; no spinning at all 66 and 44.
 COMPUTING: Final = {"GOMP_SPINCOUNT": "20000"}
 BACKLOG: Final = 1024
 
