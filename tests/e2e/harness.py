@@ -208,9 +208,11 @@ class Served:
 
 
 @contextmanager
-def served(model: Path, *flags: str, module: str = "engine.serve", num_threads: int | None = 1) -> Iterator[Served]:
+def served(
+    model: Path, *flags: str, module: str = "engine.serve", num_threads: int | None = 1, root: Path = ROOT
+) -> Iterator[Served]:
     """A ready deployment of the model; ended, and its runtime directory removed, on leaving. An engine computes with
-    `num_threads`; None: as many as it would by itself."""
+    `num_threads`; None: as many as it would by itself. `root` is where the packages are."""
     directory = Path(tempfile.mkdtemp(prefix="wb-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     command = [sys.executable, "-m", module, "--model", str(model), "--host", "127.0.0.1", "--port", "0"]
     command += ["--admin-port", "0", "--runtime-dir", str(directory / "run"), *flags]
@@ -218,7 +220,7 @@ def served(model: Path, *flags: str, module: str = "engine.serve", num_threads: 
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     with (directory / "log").open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=root, env=environment)
     deployment = Served(process, directory)
     try:
         deployment.wait_until_ready()
