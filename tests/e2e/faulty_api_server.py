@@ -42,7 +42,7 @@ def main() -> int:
 
     broadcast.connect_heartbeats = faulty  # type: ignore[assignment]
     EngineRecord.first_token = every(  # type: ignore[method-assign]
-        2, first_token, lambda record, seconds: first_token(record, float("nan"))
+        2, first_token, lambda record, seconds, origin: first_token(record, float("nan"), origin)
     )
     TallyStore.commit = every(3, TallyStore.commit, full_disk, UNTIL_OPEN)  # type: ignore[method-assign]
     ProcessMetrics.update = every(2, ProcessMetrics.update, no_proc)  # type: ignore[method-assign]

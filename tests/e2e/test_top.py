@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from metrics import top
-from tests.e2e.harness import served
+from tests.e2e.harness import served, total, wait_for
 from tests.e2e.load import asks, steady_load
 
 
@@ -21,6 +21,7 @@ def test_every_figure_of_a_busy_deployment_is_known(tiny_model, capsys):
     with served(tiny_model, *flags) as deployment:
         work = asks(8, prompt_tokens=(4, 40), max_tokens=24, vocab=200)
         with steady_load(deployment, work, 4):
+            wait_for(lambda: total(deployment.metrics(), "wholebatch:exporter_up") == 1, "an exporter")
             first = top.look(deployment.url)
             time.sleep(1.5)  # process figures are counted once a second
             figures = top.figures(first, top.look(deployment.url))
