@@ -121,8 +121,9 @@ def test_subscribers_that_never_read_neither_stop_the_publisher_nor_starve_who_r
     """P8. A publisher that waited for them would hang here: they are sent many times what their queues hold."""
     endpoint = snapshot_endpoint(directory, 0)
     publisher = Publisher(context, endpoint)
-    deaf = [make_subscriber(context, [endpoint], [b"deaf", TOPIC_TALLY]) for _ in range(8)]
-    reader = make_subscriber(context, [endpoint], [b"reader", TOPIC_TALLY])
+    # The topic waited for comes last: whoever is seen to have it has the other.
+    deaf = [make_subscriber(context, [endpoint], [TOPIC_TALLY, b"deaf"]) for _ in range(8)]
+    reader = make_subscriber(context, [endpoint], [TOPIC_TALLY, b"reader"])
     wait_until(lambda: all(publisher.has_subscribers(t) for t in (b"deaf", b"reader")), "the subscriptions")
     payload = bytes(10_000)
     num_heard = 0
