@@ -121,10 +121,10 @@ def test_subscribers_that_never_read_neither_stop_the_publisher_nor_starve_who_r
     """P8. A publisher that waited for them would hang here: they are sent many times what their queues hold."""
     endpoint = snapshot_endpoint(directory, 0)
     publisher = Publisher(context, endpoint)
-    # The topic waited for comes last: whoever is seen to have it has the other.
-    deaf = [make_subscriber(context, [endpoint], [TOPIC_TALLY, b"deaf"]) for _ in range(8)]
-    reader = make_subscriber(context, [endpoint], [TOPIC_TALLY, b"reader"])
-    wait_until(lambda: all(publisher.has_subscribers(t) for t in (b"deaf", b"reader")), "the subscriptions")
+    # Subscriptions are sent in alphabetical order: whoever is seen to have the later topic has the other.
+    deaf = [make_subscriber(context, [endpoint], [TOPIC_TALLY, b"z-deaf"]) for _ in range(8)]
+    reader = make_subscriber(context, [endpoint], [TOPIC_TALLY, b"z-reader"])
+    wait_until(lambda: all(publisher.has_subscribers(t) for t in (b"z-deaf", b"z-reader")), "the subscriptions")
     payload = bytes(10_000)
     num_heard = 0
     for number in range(20 * SUBSCRIBER_HWM):
