@@ -31,7 +31,7 @@ from engine.loop import EngineLoop, bind_router
 from engine.record import Recorder
 from engine.scheduler import Scheduler
 from metrics.broadcast import BroadcastError
-from metrics.deployment import ENGINE, Facts, Failed, Ready
+from metrics.deployment import ENGINE, Alive, Facts, Failed, Ready
 from metrics.layout import Layout, Shape, build_layout
 from metrics.lifeline import Lifeline
 from metrics.store import StoreError, TallyStore, tally_path
@@ -90,13 +90,14 @@ def _num_threads(num_engines: int) -> int:
 
 @contextlib.contextmanager
 def ended_with_supervisor(lifeline: Lifeline, on_orphaned: Callable[[], None] = lambda: os._exit(1)) -> Iterator[None]:
-    """Until the beacon does so: loading takes minutes, and a supervisor that is killed must leave nothing running."""
+    """Report, and end with the supervisor, until the beacon does so: loading takes minutes."""
     is_over = threading.Event()
 
     def watch() -> None:
         while not is_over.wait(WATCH_S):
             if lifeline.is_severed():
                 on_orphaned()
+            lifeline.report(Alive(progress=0, is_busy=False))
 
     watcher = threading.Thread(target=watch, name="watch", daemon=True)
     watcher.start()

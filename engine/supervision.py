@@ -5,7 +5,7 @@ Events and times in, actions out; `engine.supervisor` is the loop that obeys. Ru
 - A child starts only after its predecessor's exit was seen; its incarnation is one greater.
 - What ends is started again after a back-off of 0.1 to 5 s, which begins anew after 10 s of being ready.
 - A ready child that has been silent for the freeze timeout, or is busy and has made no progress for the stall timeout,
-  is killed, and then started again.
+  is killed, and then started again. So is one that starts and is silent for two minutes: loading, it reports as well.
 - An engine that ends 5 times without getting ready ends the deployment with exit code 1. A `Failed` report before the
   deployment was ever ready ends it with exit code 2: starting again would not help.
 - Stopping: API servers first (they let requests finish), then engines; whoever does not end in time is killed.
@@ -13,6 +13,7 @@ Events and times in, actions out; `engine.supervisor` is the loop that obeys. Ru
 
 from __future__ import annotations
 
+import math
 import signal
 from dataclasses import dataclass, field
 from typing import Final
@@ -23,6 +24,7 @@ MIN_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 5.0
 STEADY_S: Final = 10.0  # ready for so long: the next back-off begins anew
 MAX_ENGINE_FAILURES: Final = 5
+MAX_STARTING_SILENCE_S: Final = 120.0  # many interpreters that import at once on few cores take most of a minute
 ENGINE_END_S: Final = 5.0  # from SIGTERM to SIGKILL
 MAX_TICK_GAP_S: Final = 1.0  # a longer one means that the supervisor itself was stopped
 DRAIN_MARGIN_S: Final = 5.0  # an API server's, beyond its drain
@@ -205,11 +207,16 @@ class Supervision:
                     actions.append(Spawn(child.role, child.index, child.incarnation + 1))
             elif child.kill_at is not None and now >= child.kill_at:
                 actions += self._kill(child, "does not end")
-            elif child.state == "ready" and now - child.alive_at > self.patience.freeze_timeout_s:
+            elif now - child.alive_at > self._longest_silence_s(child):
                 actions += self._kill(child, "frozen")
             elif child.state == "ready" and now - child.progress_at > self.patience.stall_timeout_s:
                 actions += self._kill(child, "stuck")
         return actions
+
+    def _longest_silence_s(self, child: _Child) -> float:
+        """A child that was told to end is judged by its end alone."""
+        by_state = {"starting": MAX_STARTING_SILENCE_S, "ready": self.patience.freeze_timeout_s}
+        return by_state.get(child.state, math.inf)
 
     def _forgive(self, now: float) -> None:
         """While the supervisor did not look, nobody was silent or stuck: its own freeze is not its children's."""

@@ -21,7 +21,7 @@ from engine.loop import EngineLoop, bind_router
 from engine.process import CannotServeError, load_runner, main, make_core
 from engine.record import Recorder
 from engine.wire import Abort, Goodbye, Hello, Outputs, SamplingParams, Submit
-from metrics.deployment import ENGINE, Facts, Failed, Ready, decode_report
+from metrics.deployment import ENGINE, Alive, Facts, Failed, Ready, decode_report
 from metrics.lifeline import make_lifeline, read_reports
 from metrics.store import TallyReader, tally_path
 from tests.engine.engine_processes import VOCAB_SIZE, SizedRunner, engine_layout, make_config, open_store
@@ -344,7 +344,7 @@ def test_a_fault_of_the_statistics_harms_no_request_and_is_counted(engine: Engin
 
 
 def run_main(directory: str, factory) -> tuple[int, list[object]]:
-    """(exit code, reports) of `main` with a configuration as the supervisor gives it."""
+    """(exit code, reports but those of being alive) of `main` with a configuration as the supervisor gives it."""
     ours, theirs = make_lifeline()
     descriptor = os.memfd_create("config")
     os.write(descriptor, to_json(make_config(directory, lifeline_fd=theirs.detach())).encode())
@@ -352,7 +352,7 @@ def run_main(directory: str, factory) -> tuple[int, list[object]]:
     code = main(["--config-fd", str(descriptor)], runner_factory=factory)
     reports, _ = read_reports(ours)
     ours.close()
-    return code, reports
+    return code, [report for report in reports if not isinstance(report, Alive)]
 
 
 def test_a_model_that_cannot_be_served_is_reported_with_its_line(directory: str):
@@ -380,7 +380,7 @@ def test_no_room_for_the_tally_is_a_failure_that_may_pass(directory: str):
     assert reports == [Failed(message=f"{directory}/nowhere/engine-0.tally: No such file or directory")]
 
 
-def test_a_process_that_still_loads_ends_with_its_supervisor(directory: str, tmp_path):
+def test_a_process_that_still_loads_reports_and_ends_with_its_supervisor(directory: str, tmp_path):
     ours, theirs = make_lifeline()
     config = tmp_path / "config"
     config.write_text(to_json(make_config(directory, lifeline_fd=theirs.fileno())))
@@ -396,6 +396,8 @@ def test_a_process_that_still_loads_ends_with_its_supervisor(directory: str, tmp
     theirs.close()
     assert child.stdout is not None
     assert child.stdout.readline() == "loading\n"
+    ours.settimeout(30)
+    assert decode_report(ours.recv(65536)) == Alive(progress=0, is_busy=False)
     ours.close()
     assert child.wait(20) == 1
     child.stdout.close()

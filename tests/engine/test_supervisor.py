@@ -13,6 +13,7 @@ from engine.supervision import (
     DRAIN_MARGIN_S,
     ENGINE_END_S,
     MAX_BACKOFF_S,
+    MAX_STARTING_SILENCE_S,
     Action,
     Exit,
     Kill,
@@ -159,6 +160,18 @@ def test_a_silent_process_is_killed_after_the_freeze_timeout_and_not_before():
     for frozen in ((ENGINE, 0), (API_SERVER, 1)):
         world = World().start()
         world.live(9.5, silent=frozen)
+        assert not world.signals
+        world.live(1.0, silent=frozen)
+        assert [(k.role, k.index, k.signal, k.why) for k in world.signals] == [(*frozen, signal.SIGKILL, "frozen")]
+
+
+def test_a_process_that_freezes_while_it_starts_is_killed_and_one_that_loads_for_an_hour_is_not():
+    for frozen in ((ENGINE, 0), (API_SERVER, 1)):
+        world = World()
+        world.tick()
+        world.live(3600)
+        assert not world.signals
+        world.live(MAX_STARTING_SILENCE_S - 0.5, silent=frozen)
         assert not world.signals
         world.live(1.0, silent=frozen)
         assert [(k.role, k.index, k.signal, k.why) for k in world.signals] == [(*frozen, signal.SIGKILL, "frozen")]
