@@ -34,6 +34,7 @@ def compose() -> Content:
         f"--config.file={HOME}/prometheus.yml",
         f"--web.listen-address={PROMETHEUS}",
         "--storage.tsdb.path=/prometheus",
+        "--enable-feature=exemplar-storage",
     ]
     environment = {
         "GF_SERVER_HTTP_ADDR": "127.0.0.1",
