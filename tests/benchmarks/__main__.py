@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NOT_BENCHMARKS = ("__main__", "report", "dashboard_pictures")
+NOT_BENCHMARKS = ("__main__", "report", "dashboard_pictures", "sse_client")
 
 
 def main() -> int:
