@@ -73,12 +73,14 @@ def write_tiny_llama(
     seed: int = 0,
     max_position: int = 2048,
     dtype: torch.dtype = torch.float32,
+    tokenizer: tokenizers.Tokenizer | None = None,
     **overrides: Any,
 ) -> Path:
-    """Write a random model of one family; `overrides` go into config.json. The same arguments give the same bytes."""
+    """Write a random model of one family; `overrides` go into config.json. The same arguments give the same bytes.
+    A tokenizer that is given must have `vocab_size` tokens; else one is trained."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = _train_tokenizer(vocab_size)
+    tokenizer = tokenizer or _train_tokenizer(vocab_size)
     config = {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
