@@ -84,8 +84,11 @@ def outputs(draw: st.DrawFn) -> Output:
     return Output(draw(counts), first_index, tokens, rows, draw(st.none() | finishes), start)
 
 
+one_token = st.lists(st.integers(0, 200_000), min_size=1, max_size=1)
+later_tokens = st.builds(Output, counts, st.integers(1, 300), one_token, *[st.none()] * 3)  # the usual ones
+
 from_engine = st.one_of(
-    st.builds(Outputs, counts, instants, st.lists(outputs(), max_size=3)),
+    st.builds(Outputs, counts, instants, st.lists(outputs() | later_tokens, max_size=3)),
     st.builds(Goodbye, counts, st.text(max_size=20)),
 )
 
@@ -191,6 +194,35 @@ def test_a_parameter_out_of_range_is_refused_with_its_value():
 def test_not_a_number_is_no_instant():
     with pytest.raises(WireError, match="at is not finite"):
         decode_from_engine(encode(Outputs(1, float("nan"), [])))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [-1, 1, [5], None, None, None],
+        [True, 1, [5], None, None, None],
+        [1, -1, [5], None, None, None],
+        [1, 0, [5], None, None, None],
+        [1, 1.0, [5], None, None, None],
+        [1, 1, [-5], None, None, None],
+        [1, 1, [5.0], None, None, None],
+        [1, 1, [True], None, None, None],
+        [1, 1, [5, -6], None, None, None],
+        [1, 1, "5", None, None, None],
+        [1, 1, b"\x05", None, None, None],
+        [1, 1, [5], [], None, None],
+        [1, 1, [5], None, "stop", None],
+        [1, 1, [5], None, None, [1.0, 2.0, 3]],
+        [1, 1, [5], None, None],
+        [1, 1, [5], None, None, None, None],
+        {"request_id": 1},
+    ],
+)
+def test_an_output_that_is_nearly_a_later_token_is_refused(row):
+    right = [1, 1, [5], None, None, None]
+    assert decode_from_engine(msgpack.packb([WIRE_VERSION, "outputs", 1, 1.0, [right]]))
+    with pytest.raises(WireError):
+        decode_from_engine(msgpack.packb([WIRE_VERSION, "outputs", 1, 1.0, [right, row, right]]))
 
 
 def test_as_many_logprobs_as_tokens():

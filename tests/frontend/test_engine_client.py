@@ -6,7 +6,6 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,7 +261,7 @@ async def test_a_request_that_ends_at_a_stop_string_is_observed_like_any_other(b
         generation = await bench.submit()
         (submit,) = await engine.receive_submits(1)
         await engine.send(output(submit, 0, [1]), at=2.0)
-        await engine.send(output(submit, 1, [2], start=replace(START, num_preemptions=2)), at=5.0)
+        await engine.send(output(submit, 1, [2], start=START._replace(num_preemptions=2)), at=5.0)
         await until(lambda: bench.tokens().get("received") == 2)
         await anext(generation)
         generation.stop(0)
