@@ -4,9 +4,9 @@ Stateless: everything is derived from the sequence's tokens, so preemption and r
 of operations is vLLM's: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
 
 Randomness is one number in [0, 1) for each token, a hash of (seed, number of tokens generated so far); the token is
-where the cumulative distribution, in vocabulary order, passes it. So the batch that a sequence happens to be in, a
-preemption or a restart cannot change a seeded sample. Sequences without a seed get one from the engine's seed and
-their id.
+where the cumulative distribution, in vocabulary order, passes it: first the block of tokens, then the token in it. So
+the batch that a sequence happens to be in, a preemption or a restart cannot change a seeded sample. Sequences without a
+seed get one from the engine's seed and their id.
 
 Candidates are cut by a threshold on logits, so tokens that tie at the cut stay together.
 """
@@ -18,6 +18,7 @@ import struct
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 
 from engine.batch import SampledToken, ScheduledSequence, TokenLogprobs
 from engine.sampling_params import SamplingParams
@@ -25,6 +26,9 @@ from engine.sampling_params import SamplingParams
 _NUM_CANDIDATES = 256  # sorted first for top_p
 _MORE_CANDIDATES = 8  # times as many next, where the distribution is flatter than that
 _RESOLUTION = 48  # bits of the random number: u * total < total holds for every total
+_BELOW_ONE = 1 - 2.0**-_RESOLUTION
+# Tokens that are added up before any is looked at. Measured: 128 random rows of 49152: 14 ms, as one sum each 84 ms.
+_BLOCK_SIZE = 256
 
 
 class Sampler:
@@ -42,7 +46,7 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             if _adjusts(sequence.sampling):
                 self._adjust(logits[row], sequence)
-        tokens = logits.argmax(-1)
+        tokens = _argmax(logits)
         random_rows = [row for row, s in enumerate(sequences) if s.sampling.temperature > 0]
         if random_rows:
             chosen = self._draw(logits[random_rows], [sequences[row] for row in random_rows])
@@ -74,16 +78,12 @@ class Sampler:
             row[seen] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
     def _draw(self, logits: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> torch.Tensor:
-        """One random token a row."""
+        """One random token a row. The logits are changed in place."""
         parameters = [sequence.sampling for sequence in sequences]
-        logits = logits / logits.new_tensor([p.temperature for p in parameters]).unsqueeze(1)
+        logits /= logits.new_tensor([p.temperature for p in parameters]).unsqueeze(1)
         _cut(logits, parameters)
-        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-        numbers = cumulative.new_tensor([self._number(sequence) for sequence in sequences])
-        target = (numbers * cumulative[:, -1]).unsqueeze(1)
-        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-        assert int(tokens.max()) < logits.shape[1], "the logits are not finite"
-        return tokens
+        numbers = torch.tensor([self._number(sequence) for sequence in sequences], dtype=torch.float64)
+        return _invert(logits.softmax(-1), numbers.to(logits.device).unsqueeze(1))
 
     def _number(self, sequence: ScheduledSequence) -> float:
         """In [0, 1), from the sequence's seed and how many tokens it has generated."""
@@ -95,6 +95,32 @@ class Sampler:
             key = struct.pack("<cqq", b"s", seed, position)
         raw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return (raw >> (64 - _RESOLUTION)) * 2.0**-_RESOLUTION
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The best token of each row."""
+    if logits.device.type == "cpu":  # Measured: 128 rows of 49152: 1.0 ms, by PyTorch 14.6 ms
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
+
+
+def _invert(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The token at which each row's cumulative distribution passes its number, `numbers` (rows, 1) in [0, 1)."""
+    num_rows, vocab_size = probabilities.shape
+    if missing := -vocab_size % _BLOCK_SIZE:
+        probabilities = F.pad(probabilities, (0, missing))
+    blocks = probabilities.view(num_rows, -1, _BLOCK_SIZE)
+    masses = blocks.sum(-1).double()
+    cumulative = masses.cumsum(-1)
+    targets = numbers * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, targets, right=True)
+    assert int(block.max()) < blocks.shape[1], "the logits are not finite"
+    mass = masses.gather(1, block)
+    # Held below 1: added up token by token, a block's mass may differ in its last bits.
+    share = ((targets - cumulative.gather(1, block) + mass) / mass).clamp_(0.0, _BELOW_ONE)
+    inside = blocks[torch.arange(num_rows, device=block.device), block.squeeze(1)].cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    return (block * _BLOCK_SIZE + token).squeeze(1)
 
 
 def _signed(seed: int) -> int:

@@ -168,6 +168,24 @@ def test_the_least_random_number_draws_no_excluded_token(monkeypatch: pytest.Mon
     assert sample([-9.0, 1.0, 2.0], sequence(replace(RANDOM, top_k=2))) == [1]
 
 
+@given(
+    vocab_size=st.integers(1, 700),
+    holes=st.integers(0, 2**64),
+    number=st.integers(0, 2**48 - 1).map(lambda bits: bits * 2.0**-48),
+)
+@settings(deadline=None)
+def test_a_number_falls_where_the_whole_cumulative_distribution_passes_it(vocab_size: int, holes: int, number: float):
+    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(holes % 2**32))
+    logits[[token for token in range(vocab_size - 1) if holes >> token % 64 & 1]] = -torch.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "_number", lambda self, sequence: number)
+        drawn = sample(logits.tolist(), sequence(RANDOM))[0]
+    probabilities = logits.double().softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    assert probabilities[drawn] > 0
+    assert cumulative[drawn] - probabilities[drawn] - 1e-6 <= number <= cumulative[drawn] + 1e-6
+
+
 def test_sequences_without_a_seed_follow_the_engines_and_differ_from_each_other():
     logits = [0.0] * 1000
     rows = [sequence(RANDOM, sequence_id=number) for number in range(50)]
