@@ -174,7 +174,10 @@ def run_load(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens:
 
 
 def main() -> None:
-    print(json.dumps(dataclasses.asdict(uvloop.run(stream_all(**json.load(sys.stdin))))))
+    load = uvloop.run(stream_all(**json.load(sys.stdin)))
+    # NOTE: print() loses what a pipe does not take at once where Python's own output is unbuffered.
+    with open(sys.stdout.fileno(), "w", closefd=False) as output:
+        json.dump(dataclasses.asdict(load), output)
 
 
 if __name__ == "__main__":
