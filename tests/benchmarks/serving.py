@@ -111,6 +111,7 @@ def main() -> None:
         costs = [
             {"side": side.name, "ready_s": side.ready_s, "memory_mib": side.memory_mib() or None} for side in sides
         ]
+    machine = machine.best_of(roofline.measure(spec))
     for row in rows:
         limit = roofline.limit_tokens_per_s(
             machine,

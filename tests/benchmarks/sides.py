@@ -54,8 +54,7 @@ class Side:
         """What a process is, in a word or two."""
         if pid in self.api_server_pids:
             return "API server"
-        title = " ".join(psutil.Process(pid).cmdline()[:1]) or psutil.Process(pid).name()
-        return Path(title).name
+        return Path(psutil.Process(pid).cmdline()[0]).name
 
     def memory_mib(self) -> float:
         """Resident memory of the whole tree; what processes share counts once."""
@@ -82,7 +81,7 @@ def vllm_environment(venv: Path) -> dict[str, str]:
     """What vLLM's CPU build is told, beside its flags. It must ask no network for anything."""
     return {
         **os.environ,
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{len(os.sched_getaffinity(0)) - 1}",
         "VLLM_CPU_KVCACHE_SPACE": str(VLLM_KV_CACHE_GIB),
         "LD_PRELOAD": str(venv / "lib" / "libiomp5.so"),
         "HF_HUB_OFFLINE": "1",
@@ -132,9 +131,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(20)
-    for one in (*family, process):
+    process.kill()
+    for child in family:
         with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
+            child.kill()
     process.wait()
 
 
