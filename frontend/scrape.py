@@ -10,13 +10,14 @@ go with the request-level series, in OpenMetrics: of each bucket the newest one,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Final
 
 import numpy as np
 
 from frontend.admission import InFlight
+from frontend.engine_client import Identity
 from frontend.exporter import Exportable, Exporter
 from frontend.pool import cache_config
 from frontend.scrape_request import ScrapeRequest
@@ -38,6 +39,7 @@ from metrics.process import python_info
 from metrics.store import StoreError, TallyReader, TallyReading, tally_path
 
 Engines = Mapping[int, Exportable]
+Processes = Set[tuple[str, int, int]]  # (role, index, incarnation)
 
 IN_FLIGHT: Final = ("wholebatch:api_server_requests_in_flight", "wholebatch:api_server_prefill_tokens")
 
@@ -70,6 +72,9 @@ class ProcessTally:
             is_alive: Template(layout, PROCESS_SCOPES, process=label, log_stats=log_stats, has_gauges=is_alive)
             for is_alive in (False, True)
         }
+        self._first = min(series.offset for series in layout.series if series.metric.scope in PROCESS_SCOPES)
+        self._made_from: object = None
+        self._part: Part | None = None
 
     def read(self) -> TallyReading | None:
         """The last commit; None while there is no such file, or none that can be trusted."""
@@ -79,8 +84,12 @@ class ProcessTally:
             return None
 
     def part(self, reading: TallyReading, is_alive: bool) -> Part:
-        """Its process series."""
-        return self._templates[is_alive].part(reading.cells, reading.created_unix)
+        """Its process series; the part made last for as long as nothing in it changes, which is for about a second."""
+        made_from = (reading.cells[self._first :].tobytes(), reading.created_unix, is_alive)
+        if self._part is None or self._made_from != made_from:
+            self._made_from = made_from
+            self._part = self._templates[is_alive].part(reading.cells, reading.created_unix)
+        return self._part
 
 
 class Scrape:
@@ -89,7 +98,7 @@ class Scrape:
     def __init__(
         self,
         directory: str,
-        index: int,
+        identity: Identity,
         layouts: Layouts,
         facts: Facts,
         exporter: Exporter,
@@ -98,8 +107,9 @@ class Scrape:
         log_stats: bool,
         clock: Callable[[], float],
     ) -> None:
-        shape = layouts.shape
+        shape, index = layouts.shape, identity.index
         self._index = index
+        self._itself = (API_SERVER, index, identity.incarnation)
         self._layouts = layouts
         self._facts = facts
         self._exporter = exporter
@@ -124,6 +134,7 @@ class Scrape:
         self._labelled_own = self._processes[index]
         self._own = ProcessTally(directory, API_SERVER, index, layout, label=None, log_stats=log_stats)
         self._cache_config = cache_config(facts)
+        self._python_info = scrape_part([("python_info", python_info(), 1.0)])
 
     @property
     def num_engines(self) -> int:
@@ -146,7 +157,11 @@ class Scrape:
 
     def processes(self, asked: ScrapeRequest) -> bytes:
         """The body for the process series of engines and the supervisor, which have no port of their own."""
-        parts = [part for process in self._processes if process.role != API_SERVER for part in self._process(process)]
+        parts, alive = [], self._alive()
+        for process in self._processes:
+            reading = process.read() if process.role != API_SERVER else None
+            if reading is not None:
+                parts.append(process.part(reading, (process.role, process.index, reading.incarnation) in alive))
         return self._render({}, lambda fresh: parts, asked)
 
     def own(self, asked: ScrapeRequest) -> bytes:
@@ -163,11 +178,11 @@ class Scrape:
 
     def in_flight(self, *, including_own: bool = True) -> InFlight:
         """What all API servers that live, or all others, wait for, by their last commits."""
-        total = np.zeros(2)
+        total, alive = np.zeros(2), self._alive()
         for process in self._processes:
             is_wanted = process.role == API_SERVER and (including_own or process.index != self._index)
             reading = process.read() if is_wanted else None
-            if reading is not None and self._is_alive(process.role, process.index, reading):
+            if reading is not None and (process.role, process.index, reading.incarnation) in alive:
                 total += reading.cells[self._layouts.in_flight_cells].sum(axis=1)
         return InFlight(*total.tolist())
 
@@ -188,27 +203,22 @@ class Scrape:
 
     def _shared_parts(self, asked: ScrapeRequest) -> list[Part]:
         """Request-level series summed, and each process's own."""
-        parts = [scrape_part([("python_info", python_info(), 1.0)])]
+        parts = [self._python_info]
         tallies = []
+        alive = self._alive()
         for process in self._processes:
             reading = process.read()
             if reading is None:
                 continue
-            is_alive = self._is_alive(process.role, process.index, reading)
+            is_alive = (process.role, process.index, reading.incarnation) in alive
             parts.append(process.part(reading, is_alive))
             if process.role == API_SERVER:
                 tallies.append((reading.cells, reading.created_unix, is_alive))
         cells, created_unix = add_up(self._layouts[API_SERVER], tallies)
         return [self._requests.part(cells, created_unix, self._exemplars(self._exemplar_paths, asked)), *parts]
 
-    def _process(self, process: ProcessTally) -> list[Part]:
-        reading = process.read()
-        if reading is None:
-            return []
-        return [process.part(reading, self._is_alive(process.role, process.index, reading))]
-
     def _own_parts(self, own: ProcessTally, asked: ScrapeRequest) -> list[Part]:
-        parts = [scrape_part([("python_info", python_info(), 1.0)])]
+        parts = [self._python_info]
         reading = own.read()
         if reading is not None:
             exemplars = self._exemplars([self._exemplar_paths[self._index]], asked)
@@ -230,10 +240,8 @@ class Scrape:
             parts.append(self._engines[engine].part(cells, one.snapshot.created_unix))
         return parts
 
-    def _is_alive(self, role: str, index: int, reading: TallyReading) -> bool:
-        """Whether the incarnation that wrote it is the newest one, and runs."""
-        if role == API_SERVER and index == self._index:
-            return True
+    def _alive(self) -> Processes:
+        """Which incarnations run: a tally's gauges say something while the one that wrote it is among them."""
         table = self._table()
-        entry = None if table is None else table.find(role, index)
-        return entry is not None and entry.incarnation == reading.incarnation and entry.state != "ended"
+        alive = {(p.role, p.index, p.incarnation) for p in (table.processes if table else ()) if p.state != "ended"}
+        return alive | {self._itself}

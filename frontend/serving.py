@@ -92,7 +92,7 @@ class Serving:
         )
         self.scrape = Scrape(
             config.directory,
-            config.index,
+            identity,
             layouts,
             facts,
             self.exporter,

@@ -119,7 +119,7 @@ _format_large = lru_cache(maxsize=8192)(format_value)  # values from 10⁶, whic
 
 def _format_all(values: Cells) -> list[str]:
     strings = list(map(repr, values.tolist()))
-    for index in np.flatnonzero(~(np.abs(values) < 1e6)):
+    for index in np.flatnonzero(~(np.abs(values) < 1e6)).tolist():
         strings[index] = _format_large(float(values[index]))
     return strings
 
@@ -301,9 +301,10 @@ class Renderer:
 
 
 class _Plan:
-    """Where every value of some combination of parts goes: pieces of text with a value between each two."""
+    """The text of some combination of parts, in pieces: every value stands between two texts. What was written last
+    is kept, so that an answer costs what has changed since: under load some hundred values of thousands."""
 
-    __slots__ = ("_order", "_places", "_texts")
+    __slots__ = ("_last", "_order", "_pieces", "_places")
 
     def __init__(self, is_openmetrics: bool, parts: tuple[Lines, ...]) -> None:
         num_values = sum(len(lines) for part in parts for _, lines in part.families)
@@ -314,7 +315,7 @@ class _Plan:
                 for line in lines:
                     by_name.setdefault(metric.name, []).append((line, index, num_values + number))
                     index += 1
-        self._texts: list[str] = []
+        texts: list[str] = []
         order: list[int] = []  # of each value in the text: its index in all parts' values and created times
         head = ""
         for metric in METRICS:
@@ -322,29 +323,34 @@ class _Plan:
                 continue
             head += _header(metric, is_openmetrics)
             for text, value in _samples(metric, by_name[metric.name], is_openmetrics):
-                self._texts.append(head + text)
+                texts.append(head + text)
                 order.append(value)
                 head = "\n"
-        assert len(set(self._texts)) == len(self._texts), "a series stands twice in one answer"
-        self._texts.append(head + ("# EOF\n" if is_openmetrics else ""))
+        assert len(set(texts)) == len(texts), "a series stands twice in one answer"
+        texts.append(head + ("# EOF\n" if is_openmetrics else ""))
         self._order = np.array(order, dtype=np.intp)
         self._places = {value: place for place, value in enumerate(order)} if is_openmetrics else {}
+        self._last = np.zeros(len(order))
+        self._pieces = ["0.0"] * (2 * len(texts) - 1)
+        self._pieces[::2] = texts
 
     def render(self, parts: Sequence[Part]) -> bytes:
-        values = np.concatenate([*(part.values for part in parts), [part.created_unix for part in parts]])
-        pieces = [""] * (2 * len(self._texts) - 1)
-        pieces[::2] = self._texts
-        pieces[1::2] = _format_all(values[self._order])
-        if self._places:
-            self._add_exemplars(pieces, parts)
+        values = np.concatenate([*(part.values for part in parts), [part.created_unix for part in parts]])[self._order]
+        changed = np.flatnonzero(values.view(np.int64) != self._last.view(np.int64))  # bits: -0.0 is not 0.0
+        for place, text in zip(changed.tolist(), _format_all(values[changed]), strict=True):
+            self._pieces[2 * place + 1] = text
+        self._last = values
+        pieces = self._with_exemplars(parts) if self._places else self._pieces
         return "".join(pieces).encode()
 
-    def _add_exemplars(self, pieces: list[str], parts: Sequence[Part]) -> None:
+    def _with_exemplars(self, parts: Sequence[Part]) -> list[str]:
+        pieces = self._pieces.copy()
         first = 0
         for part in parts:
             for line, exemplar in part.exemplars.items():
                 pieces[2 * self._places[first + line] + 1] += _exemplar(exemplar)
             first += len(part.values)
+        return pieces
 
 
 def _header(metric: Metric, is_openmetrics: bool) -> str:

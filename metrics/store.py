@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -130,8 +130,7 @@ class TallyStore:
         return store
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TallyReading:
+class TallyReading(NamedTuple):
     """One commit of some process, as it was in its file."""
 
     incarnation: int
@@ -143,7 +142,7 @@ class TallyReading:
 class TallyReader:
     """The reader's side; keeps the file mapped between reads, and notices when it has been replaced."""
 
-    __slots__ = ("_inode", "_layout", "_opened", "_path")
+    __slots__ = ("_inode", "_last", "_layout", "_opened", "_path")
 
     def __init__(self, path: str, layout: Layout) -> None:
         """The file need not exist yet."""
@@ -151,19 +150,20 @@ class TallyReader:
         self._layout = layout
         self._opened: _Opened | None = None
         self._inode = (0, 0)
+        self._last: TallyReading | None = None  # of the file that is open
 
     def read(self) -> TallyReading:
-        """The last commit. Raises StoreError: no such file, not one of this layout, damaged."""
-        opened = self._open()
+        """The last commit; the same object as before where there was none since. Raises StoreError: no such file, not
+        one of this layout, damaged."""
+        opened, last = self._open(), self._last
+        if last is not None and opened.memory.sequence() == last.sequence:
+            return last
         for _ in range(MAX_READ_ATTEMPTS):
             bank = banks.read(opened.memory, opened.header_crc)
             if bank is not None:
-                return TallyReading(
-                    incarnation=bank.incarnation,
-                    created_unix=opened.created_unix,
-                    sequence=bank.sequence,
-                    cells=np.frombuffer(bank.cells, dtype="<f8"),
-                )
+                cells = np.frombuffer(bank.cells, dtype="<f8")
+                self._last = TallyReading(bank.incarnation, opened.created_unix, bank.sequence, cells)
+                return self._last
         self.close()
         raise StoreError(f"{self._path}: no consistent commit in {MAX_READ_ATTEMPTS} attempts")
 
@@ -171,7 +171,7 @@ class TallyReader:
         """Let go of the file; the next `read` opens it anew."""
         if self._opened is not None:
             self._opened.close()
-            self._opened = None
+            self._opened = self._last = None
 
     def _open(self) -> _Opened:
         try:

@@ -188,6 +188,26 @@ async def test_gauges_of_an_ended_api_server_are_left_out_and_its_counters_stay(
     assert await watching.get("/load") == (200, '{"server_load": 1}')
 
 
+async def test_process_series_are_as_new_as_the_last_commit_and_without_gauges_once_the_process_has_ended(deploy: Any):
+    deployed = await deploy(2)
+    watching, other = deployed.nodes
+    faults = {"where": "heartbeat", "process": "api-server-1"}
+    before = total(await watching.scrape(), "wholebatch:bulkhead_errors_total", **faults)
+    assert before is not None
+    for number in range(1, 4):
+        other.serving.record.fault("heartbeat")
+        other.serving.group.now()
+        assert total(await watching.scrape(), "wholebatch:bulkhead_errors_total", **faults) == before + number
+    watching.state.view.table = make_table(2, (API_SERVER, 0, 1, "ready"), (API_SERVER, 1, 1, "ended"))
+    samples = await watching.scrape()
+    assert total(samples, "wholebatch:bulkhead_errors_total", **faults) == before + 3
+    assert total(samples, "process_open_fds", process="api-server-1") is None
+    watching.state.view.table = make_table(3, (API_SERVER, 0, 1, "ready"), (API_SERVER, 1, 2, "starting"))
+    assert total(await watching.scrape(), "process_open_fds", process="api-server-1") is None
+    watching.state.view.table = make_table(4, (API_SERVER, 0, 1, "ready"), (API_SERVER, 1, 1, "ready"))
+    assert total(await watching.scrape(), "process_open_fds", process="api-server-1") is not None
+
+
 @pytest.mark.parametrize("raw", [b"", b"\xc1", b"nonsense"])
 async def test_snapshots_that_do_not_parse_are_counted_and_change_nothing(deploy: Any, raw: bytes):
     deployed = await deploy(1)

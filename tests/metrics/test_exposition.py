@@ -266,6 +266,17 @@ def test_values_are_written_as_the_client_library_writes_them(value: float):
     assert format_value(value) == floatToGoString(value)
 
 
+@given(
+    st.lists(st.lists(st.one_of(values, st.sampled_from([0.0, -0.0, math.inf, math.nan])), min_size=43, max_size=43))
+)
+def test_an_answer_does_not_depend_on_the_ones_before(tallies: list[list[float]]):
+    renderer, template = Renderer(), TEMPLATES[-1]
+    for cells in tallies:
+        parts = [template.part(np.array(cells, dtype=np.float64), 1.0)]
+        for form in (TEXT, OPENMETRICS):
+            assert renderer.render(parts, form) == Renderer().render(parts, form)
+
+
 def test_memory_for_combinations_of_parts_is_bounded():
     renderer = Renderer()
     layout = LAYOUTS[SUPERVISOR]

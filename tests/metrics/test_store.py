@@ -370,6 +370,20 @@ def test_a_reader_notices_that_the_file_was_replaced(path: str):
     assert (reader.read().created_unix, reader.read().cells[COUNTER]) == (8.0, 0)
 
 
+def test_a_reading_is_the_same_object_until_something_is_committed(path: str):
+    store = open_store(path, 2)
+    reader = TallyReader(path, LAYOUT)
+    first = reader.read()
+    store.tally.inc(COUNTER)
+    assert reader.read() is first
+    store.commit()
+    second = reader.read()
+    assert (first.cells[COUNTER], second.cells[COUNTER]) == (7.0, 8.0)
+    assert reader.read() is second
+    open_store(path, 3)
+    assert reader.read().incarnation == 3
+
+
 def test_a_reader_may_come_before_the_file(tmp_path: Path):
     reader = TallyReader(str(tmp_path / "a.tally"), LAYOUT)
     with pytest.raises(StoreError):
