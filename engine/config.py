@@ -19,6 +19,7 @@ class ModelConfig:
 
     path: str  # a Hugging Face directory or a .gguf file
     dtype: str = "auto"  # auto, float32, bfloat16, float16
+    quantization: str | None = None  # int8: of the matrices, on a CPU
     max_model_len: int | None = None  # None: what the model was trained for
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda

@@ -74,9 +74,17 @@ class TorchRunner:
         spec = checkpoint.spec
         max_model_len = _max_model_len(spec, model, max_model_len_fixed, progress)
         dtype = _dtype(model.dtype, spec, device)
+        _check_quantization(model.quantization, dtype, device)
+        progress(f"dtype {dtype}, quantization {model.quantization or 'none'}, on {device}".replace("torch.", ""))
         kernels = kernels_for(device)
         decoder = LlamaModel(
-            checkpoint, kernels, dtype=dtype, device=device, max_model_len=max_model_len, progress=progress
+            checkpoint,
+            kernels,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            progress=progress,
+            quantization=model.quantization,
         )
         shape = (cache.block_size, 2, spec.num_kv_heads, spec.head_dim)
         block_bytes = spec.num_layers * math.prod(shape) * dtype.itemsize
@@ -170,6 +178,17 @@ def _dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if spec.dtype == torch.float32 else spec.dtype
+
+
+def _check_quantization(name: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    if name is None:
+        return
+    if name != "int8":
+        raise ModelError(f"quantization {name!r}: known is int8")
+    if device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ModelError("quantization int8: only on an x86 CPU for now (--device cpu)")
+    if dtype != torch.float32:
+        raise ModelError(f"quantization int8: not with dtype {str(dtype).removeprefix('torch.')}, only with float32")
 
 
 def _max_model_len(spec: ModelSpec, model: ModelConfig, fixed: int | None, progress: Callable[[str], None]) -> int:

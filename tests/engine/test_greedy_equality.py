@@ -77,6 +77,18 @@ def test_when_few_blocks_force_preemption(tiny: Case, caches: bool):
     assert engine.num_preemptions > 0
 
 
+def test_int8_says_the_same_alone_in_a_batch_in_chunks_and_preempted(tmp_path: Path):
+    """Each row is quantised by itself: what it gives depends on no batch and no schedule."""
+    runner = load_runner(write_tiny_llama(tmp_path, seed=1), quantization="int8")
+    prompts, sampling = random_prompts(LENGTHS, runner.vocab_size), greedily(NUM_TOKENS)
+    alone = [Engine(runner).generate([prompt], sampling)[0] for prompt in prompts]
+    few_blocks = Engine(runner, num_blocks=34)
+    assert few_blocks.generate(prompts, sampling) == alone
+    assert few_blocks.num_preemptions > 0
+    assert Engine(runner).generate(prompts, sampling) == alone
+    assert Engine(runner, SchedulerConfig(long_prefill_token_threshold=16)).generate(prompts, sampling) == alone
+
+
 def test_the_default_model_says_what_transformers_says(default_model: Path, tmp_path: Path):
     directory = export_gguf(default_model, tmp_path / "exported")
     reference = Reference(directory)

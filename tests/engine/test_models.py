@@ -23,9 +23,16 @@ KERNELS = kernels_for(CPU)
 BLOCK_SIZE = 4
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaModel:
-    checkpoint = open_checkpoint(str(path))
-    return LlamaModel(checkpoint, KERNELS, dtype=dtype, device=CPU, max_model_len=512, progress=lambda line: None)
+def load_model(path: Path, dtype: torch.dtype = torch.float32, quantization: str | None = None) -> LlamaModel:
+    return LlamaModel(
+        open_checkpoint(str(path)),
+        KERNELS,
+        dtype=dtype,
+        device=CPU,
+        max_model_len=512,
+        progress=lambda line: None,
+        quantization=quantization,
+    )
 
 
 def logits_of_prompts(model: LlamaModel, prompts: list[list[int]]) -> list[torch.Tensor]:
@@ -73,6 +80,15 @@ def test_bfloat16_is_near_float32(tmp_path: Path):
     (near,) = logits_of_prompts(load_model(directory, torch.bfloat16), [prompt])
     assert near.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(exact, near).min() > 0.99
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_is_near_float32(tmp_path: Path, family: str):
+    directory = write_tiny_llama(tmp_path, family=family)
+    (prompt,) = random_prompts((50,), 512)
+    (exact,) = logits_of_prompts(load_model(directory), [prompt])
+    (near,) = logits_of_prompts(load_model(directory, quantization="int8"), [prompt])
+    assert torch.nn.functional.cosine_similarity(exact, near).min() > 0.98
 
 
 # --- attention ---

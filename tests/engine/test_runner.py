@@ -159,6 +159,20 @@ def test_an_unknown_option_is_refused_by_name(model: Path, option: dict[str, str
         load(model, **option)
 
 
+def test_int8_says_what_it_is_not_for(model: Path):
+    with pytest.raises(ModelError, match="not with dtype bfloat16"):
+        load(model, quantization="int8", dtype="bfloat16")
+    with pytest.raises(ModelError, match="int3"):
+        load(model, quantization="int3")
+
+
+def test_the_log_says_how_weights_are_held(model: Path):
+    lines: list[str] = []
+    runner = load(model, quantization="int8", progress=lines.append)
+    assert "dtype float32, quantization int8, on cpu" in lines
+    assert runner.cache_dtype == "float32"
+
+
 def test_half_precision_weights_and_cache(model: Path):
     runner = load(model, dtype="bfloat16", cache=CacheConfig(num_gpu_blocks_override=128))
     assert runner.cache_dtype == "bfloat16"

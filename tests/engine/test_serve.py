@@ -58,6 +58,7 @@ def test_every_flag_reaches_its_configuration(model: Path):
         *("--kv-cache-memory-bytes", "2Gi", "--no-enable-prefix-caching", "--no-enable-chunked-prefill"),
         *("--dtype", "float32", "--seed", "7", "--disable-log-stats", "--lease", "2", "--publish-interval", "0.1"),
         *("--drain-timeout", "3", "--freeze-timeout", "4", "--stall-timeout", "5", "--device", "cpu"),
+        *("--quantization", "int8"),
         *("--custom-histogram-buckets", '{"iteration_tokens": [1, 64]}', "--latency-buckets", "fine"),
         *("--long-prefill-token-threshold", "16", "--enable-logging-iteration-details", "--api-key", "k1", "k2"),
         key="k3",
@@ -65,6 +66,7 @@ def test_every_flag_reaches_its_configuration(model: Path):
     assert config.served_model_names == ("a", "b")
     assert (config.host, config.port, config.api_keys) == ("::1", 0, ("k1", "k2", "k3"))
     assert (config.model.max_model_len, config.model.dtype, config.model.seed) == (128, "float32", 7)
+    assert config.model.quantization == "int8"
     assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (4, 32)
     assert (config.scheduler.enable_chunked_prefill, config.scheduler.long_prefill_token_threshold) == (False, 16)
     assert (config.cache.num_gpu_blocks_override, config.cache.kv_cache_memory_bytes) == (9, 2**31)
@@ -87,6 +89,9 @@ BAD = {
     "admin ports beyond the last": (["--admin-port", "65535", "-asc", "2"], "65535"),
     "buckets that do not grow": (["--custom-histogram-buckets", '{"iteration_tokens": [2, 1]}'], "iteration_tokens"),
     "an unknown dtype": (["--dtype", "int3"], "int3"),
+    "an unknown quantization": (["--quantization", "int3"], "int3"),
+    "a quantization of another dtype": (["--quantization", "int8", "--dtype", "bfloat16"], "--quantization int8"),
+    "a quantization on a GPU": (["--quantization", "int8", "--device", "cuda"], "--quantization int8"),
     "bytes that are none": (["--kv-cache-memory-bytes", "many"], "many"),
     "no bytes": (["--kv-cache-memory-bytes", "0"], "0"),
     "more bytes than there are numbers": (["--kv-cache-memory-bytes", "1e999"], "1e999"),
