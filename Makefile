@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help install install-test model serve test check format bench soak generate clean
+.PHONY: help install install-test model serve test check format bench bench-check soak generate clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ generate: install-test ## rewrite what is made from the code: the README's table
 
 bench: install-test model ## measure what the README claims
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-check: install-test model ## measure ratios, and fail where one has got worse than its bound; about 3 minutes
+	$(BIN)/python -m tests.benchmarks.bench_check
 
 soak: install-test ## kill, freeze and restart processes under load, then audit; longer: make soak ARGS='--faults 200'
 	$(BIN)/python -m tests.e2e.soak $(ARGS)

@@ -6,7 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-NOT_BENCHMARKS = ("__main__", "report", "dashboard_pictures", "sse_client")
+NOT_BENCHMARKS = (
+    "__main__",
+    "bench_check",  # make bench-check
+    "dashboard_pictures",
+    "deployed",
+    "export_model",
+    "instant_engine",
+    "llama_cpp",  # runs in an environment of its own
+    "report",
+    "roofline",
+    "serve_instant",
+    "sides",
+    "sse_client",
+)
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
 """Serving over HTTP: output tokens/s, time to first token and inter-token latency at several concurrencies.
 
-The other side is vLLM, started here (`--compare-vllm`), or any server with OpenAI's completions API that runs already
-(`--compare-url`): both get the same prompts, in alternating rounds, and medians are compared. Prompts are token ids, so
-that both compute the same number of tokens; none shares a beginning with another, so that prefix caches find nothing.
+The other sides are vLLM, started here (`--compare-vllm`), our own server with other flags (`--compare-own`), or any
+server with OpenAI's completions API that runs already (`--compare-url`): all get the same prompts, in alternating
+rounds, and medians are compared. Prompts are token ids, so that all compute the same number of tokens; none shares a
+beginning with another, so that prefix caches find nothing.
 
 The share of the roofline is of what this machine allows in float32, measured in the same run (`roofline`). Time to
 ready and resident memory, after the load, are those of servers that were started here or whose process is named.
@@ -54,6 +55,7 @@ def num_requests(concurrency: int, most: int) -> int:
 def add_side_arguments(parser: argparse.ArgumentParser) -> None:
     """Who is compared with whom."""
     parser.add_argument("--url", help="our server, if it runs already (default: one is started)")
+    parser.add_argument("--compare-own", help="start ours once more, with other flags, in one argument")
     parser.add_argument("--compare-url", help="the other side, if it runs already")
     parser.add_argument("--compare-pid", type=int, help="its API server, whose children are the rest of it")
     parser.add_argument(
@@ -67,11 +69,14 @@ def add_side_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def enter_sides(stack: contextlib.ExitStack, args: argparse.Namespace, model: Path) -> list[Side]:
-    """Ours, and the other side if there is one."""
+    """Ours, and what it is compared with."""
     if args.url:
         sides = [dataclasses.replace(running(args.url, "model", None), name="ours")]
     else:
         sides = [stack.enter_context(ours(model, *args.flags))]
+    if args.compare_own:
+        other = stack.enter_context(ours(model, *args.compare_own.split()))
+        sides.append(dataclasses.replace(other, name=f"ours {args.compare_own}"))
     if args.compare_vllm:
         sides.append(stack.enter_context(vllm(*args.compare_vllm, *args.compare_flags.split())))
     if args.compare_url:

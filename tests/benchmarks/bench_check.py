@@ -1,0 +1,161 @@
+"""`make bench-check`: ratios between figures of one run against recorded bounds; exit code 1 when one is broken.
+
+Ratios, because a machine's speed cancels in them; bounds at some distance from what was measured, because its noise
+does not. They guard against what makes something several times slower, not against the loss of a few percent. A bound
+that is broken is measured once more before it counts: noise seldom strikes twice in the same place.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.report import document, table
+
+ROOT = Path(__file__).parent.parent.parent
+WITHOUT_STATISTICS = "--disable-log-stats"
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The least that a ratio between two figures in a benchmark's results may be."""
+
+    what: str
+    least: float
+    ratio: Callable[[Any], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One command, and the bounds on what its JSON document says."""
+
+    name: str
+    arguments: tuple[str, ...]
+    bounds: tuple[Bound, ...]
+
+
+def find(rows: Sequence[dict[str, Any]], figure: str, **wanted: object) -> float:
+    """One figure of the row that has these values."""
+    return float(next(row[figure] for row in rows if all(row[key] == value for key, value in wanted.items())))
+
+
+def record_us(results: dict[str, Any], batch: int) -> float:
+    return float(results[f"record + commit, batch {batch}"]["median"])
+
+
+def loop_us_each(results: dict[str, Any], running: int) -> float:
+    return float(results[str(running)]["median"]) / running
+
+
+def step_tokens_per_s(rows: Sequence[dict[str, Any]], quantization: str, batch: int) -> float:
+    return find(rows, "tokens_per_s", quantization=quantization, step=f"decode {batch}")
+
+
+BENCHMARKS = (
+    Benchmark(
+        "statistics_cost",
+        (),
+        (
+            # P7: microseconds an iteration, whatever the batch size.
+            Bound("record + commit: batch 1 / batch 256", 0.5, lambda r: record_us(r, 1) / record_us(r, 256)),
+        ),
+    ),
+    Benchmark(
+        "engine_loop",
+        (),
+        (
+            # What a running request costs an iteration does not grow with how many there are.
+            Bound(
+                "loop, each request: 256 / 1024 running", 0.6, lambda r: loop_us_each(r, 256) / loop_us_each(r, 1024)
+            ),
+            # What an iteration costs by itself is paid once for its whole batch.
+            Bound("loop, each request: 1 / 256", 3.0, lambda r: loop_us_each(r, 1) / loop_us_each(r, 256)),
+        ),
+    ),
+    Benchmark(
+        "scrape",
+        ("--sizes", "1x1", "16x1"),
+        (
+            # P7: adding up what every API server counted costs little, and nothing like reading all of their samples.
+            Bound(
+                "scrape, 16 API servers: multiprocess mode / ours",
+                6.0,
+                lambda r: find(r, "multiprocess_ms", api_servers=16) / find(r, "ms", api_servers=16),
+            ),
+            Bound(
+                "scrape: 1 API server / 16",
+                0.4,
+                lambda r: find(r, "ms", api_servers=1) / find(r, "ms", api_servers=16),
+            ),
+        ),
+    ),
+    Benchmark(
+        "tiny_stack",
+        ("--compare-own", WITHOUT_STATISTICS, "--concurrency", "128", "--rounds", "5"),
+        (
+            # P7: with statistics as fast as without, where next to nothing else costs time.
+            Bound(
+                "tokens/s: with statistics / without",
+                0.9,
+                lambda r: (
+                    find(r, "tokens_per_s", side="ours") / find(r, "tokens_per_s", side=f"ours {WITHOUT_STATISTICS}")
+                ),
+            ),
+        ),
+    ),
+    Benchmark(
+        "model_step",
+        ("--decode", "1", "32", "--prefill"),
+        (
+            # Reading the weights once serves the whole batch.
+            Bound(
+                "decode, tokens/s: batch 32 / batch 1",
+                4.0,
+                lambda r: step_tokens_per_s(r, "none", 32) / step_tokens_per_s(r, "none", 1),
+            ),
+            # A quarter of the bytes to read.
+            Bound(
+                "decode, tokens/s: int8 / float32, batch 1",
+                1.3,
+                lambda r: step_tokens_per_s(r, "int8", 1) / step_tokens_per_s(r, "none", 1),
+            ),
+        ),
+    ),
+)
+
+
+def measure(benchmark: Benchmark) -> Any:
+    """Its results, in a process of its own. Raises CalledProcessError."""
+    command = [sys.executable, "-m", f"tests.benchmarks.{benchmark.name}", *benchmark.arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["results"]
+
+
+def judge(benchmark: Benchmark, measure: Callable[[Benchmark], Any]) -> Iterator[dict[str, Any]]:
+    """A row for each bound, with the better of two measurements where the first one broke any."""
+    results = [measure(benchmark)]
+    if any(bound.ratio(results[0]) < bound.least for bound in benchmark.bounds):
+        results.append(measure(benchmark))
+    for bound in benchmark.bounds:
+        ratio = max(bound.ratio(one) for one in results)
+        yield {"what": bound.what, "ratio": ratio, "least": bound.least, "holds": ratio >= bound.least}
+
+
+def main() -> int:
+    rows = [row for benchmark in BENCHMARKS for row in judge(benchmark, measure)]
+    table(
+        "Ratios",
+        ("what", "measured", "at least", ""),
+        [(row["what"], f"{row['ratio']:.2f}", f"{row['least']:g}", "" if row["holds"] else "BROKEN") for row in rows],
+    )
+    document("bench_check", rows)
+    return 0 if all(row["holds"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
