@@ -70,9 +70,7 @@ BENCHMARKS = (
         (),
         (
             # What a running request costs an iteration does not grow with how many there are.
-            Bound(
-                "loop, each request: 256 / 1024 running", 0.6, lambda r: loop_us_each(r, 256) / loop_us_each(r, 1024)
-            ),
+            Bound("loop, each request: 256 / 1024", 0.6, lambda r: loop_us_each(r, 256) / loop_us_each(r, 1024)),
             # What an iteration costs by itself is paid once for its whole batch.
             Bound("loop, each request: 1 / 256", 3.0, lambda r: loop_us_each(r, 1) / loop_us_each(r, 256)),
         ),

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import uvloop
 
 ROOT = Path(__file__).parent.parent.parent
+SUCCESS = b"HTTP/1.1 200"
 END_OF_BODY = b"\r\n0\r\n\r\n"  # the last chunk, after the end of the one before it
 USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 
@@ -75,7 +76,7 @@ class _Stream(asyncio.Protocol):
         self._times.append(time.perf_counter())
         self._received.append(data)
         end = data if len(data) >= len(END_OF_BODY) else b"".join(self._received[-len(END_OF_BODY) :])
-        is_error = len(self._received) == 1 and not data.startswith(b"HTTP/1.1 200")
+        is_error = len(self._received) == 1 and not SUCCESS.startswith(data[: len(SUCCESS)])
         if (end.endswith(END_OF_BODY) or is_error) and not self._ended.done():
             self._ended.set_result(None)
 
@@ -95,7 +96,7 @@ class _Stream(asyncio.Protocol):
 def make_answer(began: float, times: Sequence[float], received: Sequence[bytes]) -> Answer:
     """What came, as an answer; LoadError if it is none."""
     whole = b"".join(received)
-    if not whole.startswith(b"HTTP/1.1 200"):
+    if not whole.startswith(SUCCESS):
         raise LoadError(whole[:500].decode(errors="replace"))
     usages = USAGE.findall(whole)
     num_events = whole.count(b"\n\n") - 2
