@@ -64,7 +64,7 @@ def random_prompts(count: int, lengths: tuple[int, int], seed: int, vocab: int =
     return [[source.randrange(300, vocab) for _ in range(source.randint(*lengths))] for _ in range(count)]
 
 
-class _Stream(asyncio.Protocol):
+class Stream(asyncio.Protocol):
     """One connection, which sends one request after another."""
 
     def __init__(self) -> None:
@@ -131,11 +131,11 @@ async def stream_all(url: str, model: str, prompts: Sequence[Sequence[int]], max
     requests = iter([make_request(url, {**body, "prompt": prompt}) for prompt in prompts])
     address, loop = urlsplit(url), asyncio.get_running_loop()
     connections = [
-        await loop.create_connection(_Stream, address.hostname, address.port)
+        await loop.create_connection(Stream, address.hostname, address.port)
         for _ in range(min(concurrency, len(prompts)))
     ]
 
-    async def ask_in_turn(transport: asyncio.WriteTransport, stream: _Stream) -> list[Answer]:
+    async def ask_in_turn(transport: asyncio.WriteTransport, stream: Stream) -> list[Answer]:
         return [await stream.ask(transport, request) for request in requests]
 
     began, cpu = time.perf_counter(), time.process_time()
