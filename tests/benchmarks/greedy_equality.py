@@ -1,6 +1,6 @@
 """The default model's greedy output against transformers': 20 prompts of 5 to 900 tokens, in every way of running them.
 
-    python -m tests.benchmarks.greedy_equality MODEL.gguf [--num-tokens 32] [--num-prompts 20]
+    python -m tests.benchmarks.greedy_equality [MODEL.gguf] [--num-tokens 32] [--num-prompts 20]
 
 Prints a table, each tie and each fault, and last a JSON document; exit code 1 on a fault. Takes minutes.
 """
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from engine import default_model
 from engine.config import SchedulerConfig
 from tests.benchmarks import report
 from tests.greedy import Comparison, Engine, Expected, Reference, export_gguf, greedily, load_runner
@@ -73,17 +74,18 @@ def ways(path: Path, num_tokens: int) -> dict[str, Callable[[Prompts], list[list
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?", help="default: the default model")
     parser.add_argument("--num-tokens", type=int, default=32)
     parser.add_argument("--num-prompts", type=int, default=20)
     args = parser.parse_args()
-    prompts = make_prompts(args.model, args.num_prompts)
+    model = args.model or default_model.fetch()
+    prompts = make_prompts(model, args.num_prompts)
     with tempfile.TemporaryDirectory() as directory:
-        reference = Reference(export_gguf(args.model, Path(directory)))
+        reference = Reference(export_gguf(model, Path(directory)))
         expected: list[Expected] = [reference.continue_greedily(prompt, args.num_tokens) for prompt in prompts]
     del reference
     results = {}
-    for name, way in ways(args.model, args.num_tokens).items():
+    for name, way in ways(model, args.num_tokens).items():
         comparison = Comparison()
         for prompt, want, got in zip(prompts, expected, way(prompts), strict=True):
             comparison.add(f"{name}, prompt of {len(prompt)}", want, got)
