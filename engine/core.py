@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.batch import Batch, IterationCounts, Runner
+from engine.batch import Batch, IterationCounts, Runner, SampledToken
 from engine.record import Recorder
 from engine.request import RequestState
-from engine.scheduler import Scheduler, Step
+from engine.scheduler import Scheduler
 from engine.wire import Finish, Output, Outputs, Start, Submit
 
 ApiServer = tuple[int, int]  # (index, incarnation)
@@ -135,8 +135,8 @@ class EngineCore:
         scheduled_at = self._clock()
         sampled = self._runner.run(batch)
         at = self._clock()
-        steps = self._scheduler.update(batch, sampled, at)
-        self._add_outputs(steps, outputs)
+        stepped = self._scheduler.update(batch, sampled, at)
+        self._add_outputs(stepped, sampled, outputs)
         self._set_gauges()
         try:
             self._recorder.iteration(batch.counts, at - started)
@@ -151,30 +151,34 @@ class EngineCore:
             self.on_iteration(self._describe(batch.counts, at - started))
         return at
 
-    def _add_outputs(self, steps: list[Step], outputs: dict[ApiServer, list[Output]]) -> None:
-        """One output for each step, by API server, counted as sent; ended sequences are forgotten."""
-        num_sent: dict[int, int] = {}
+    def _add_outputs(
+        self,
+        stepped: Sequence[RequestState],
+        sampled: Sequence[SampledToken],
+        outputs: dict[ApiServer, list[Output]],
+    ) -> None:
+        """One output for each sampled token, by API server, counted as sent; ended sequences are forgotten."""
+        num_refused = {server: len(rows) for server, rows in outputs.items()}
         ended = []
-        for request, (token_id, logprobs) in steps:
-            finish = None
+        for request, (token_id, logprobs) in zip(stepped, sampled, strict=True):
+            finish = start = None
             if request.finish_reason is not None:
                 finish = _finish(request)
                 ended.append(request.sequence_id)
                 del self._by_request[request.api_server][request.request_id]
                 self._recorder.finished(request.finish_reason)
-            rows = None if logprobs is None else [logprobs]
-            start = None
             if request.num_preemptions != request.num_preemptions_told:
                 start = _start(request)
-            output = Output(request.request_id, request.num_output_tokens - 1, [token_id], rows, finish, start)
+            first_index = len(request.token_ids) - request.num_prompt_tokens - 1
+            rows = None if logprobs is None else [logprobs]
+            output = Output(request.request_id, first_index, [token_id], rows, finish, start)
             server = request.api_server
             if server in outputs:
                 outputs[server].append(output)
             else:
                 outputs[server] = [output]
-            num_sent[server[0]] = num_sent.get(server[0], 0) + 1
-        for index, number in num_sent.items():
-            self._recorder.sent(index, number)
+        for server, made in outputs.items():
+            self._recorder.sent(server[0], len(made) - num_refused.get(server, 0))
         if ended:
             self._runner.release(ended)
 

@@ -24,10 +24,12 @@ class RequestState:
         "arrived_at",
         "block_hashes",
         "block_table",
+        "end_token_ids",
         "finish_reason",
         "first_token_at",
         "high_water",
         "last_token_at",
+        "length_limit",
         "message",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -72,6 +74,9 @@ class RequestState:
         self.num_cached_tokens = 0  # found in the prefix cache at the first admission
         self.num_preemptions = 0
         self.num_preemptions_told = -1  # with its `Start`; -1: none was sent yet
+        # Set by the scheduler's `add`: what tells of most tokens, at once, that they are not the last.
+        self.length_limit = 0  # no longer than this
+        self.end_token_ids: frozenset[int] = frozenset()  # any of these may end it
         self.arrived_at = arrived_at
         self.scheduled_at = 0.0  # the first time
         self.first_token_at = 0.0

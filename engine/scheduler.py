@@ -22,7 +22,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
 from engine.batch import Batch, IterationCounts, SampledToken
 from engine.block_pool import BlockPool, extend_hashes
@@ -31,13 +30,6 @@ from engine.request import RequestState
 from engine.wire import Submit
 
 _ORDER = attrgetter("order")
-
-
-class Step(NamedTuple):
-    """One token appended to one request; `request.finish_reason` says whether it was the last."""
-
-    request: RequestState
-    sampled: SampledToken
 
 
 class Scheduler:
@@ -109,6 +101,13 @@ class Scheduler:
     def add(self, request: RequestState) -> None:
         """Queue a request that `refusal` has nothing against."""
         assert request.sequence_id not in self._requests, f"sequence {request.sequence_id} is here already"
+        sampling = request.sampling
+        request.length_limit = min(
+            request.num_prompt_tokens + sampling.max_tokens, self._max_model_len, self._pool.num_tokens + 1
+        )
+        request.end_token_ids = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            request.end_token_ids |= self._eos_token_ids
         self._requests[request.sequence_id] = request
         insort(self._waiting, request, key=_ORDER)
 
@@ -265,13 +264,13 @@ class Scheduler:
 
     # --- after the iteration ---
 
-    def update(self, batch: Batch, sampled: Sequence[SampledToken], now: float) -> list[Step]:
-        """Book what ran: positions are computed, sampled tokens appended, what is complete ended. One step for each
-        sampled token, in the batch's order."""
+    def update(self, batch: Batch, sampled: Sequence[SampledToken], now: float) -> list[RequestState]:
+        """Book what ran: positions are computed, sampled tokens appended, what is complete ended. The request of each
+        sampled token, in the batch's order; its `finish_reason` says whether the token was its last."""
         assert batch is self._in_flight, "update what was scheduled last"
         self._in_flight = None
         block_size, caches = self._pool.block_size, self._pool.caches
-        steps: list[Step] = []
+        stepped: list[RequestState] = []
         has_ended = False
         for request in self._scheduled:
             part = request.scheduled
@@ -283,19 +282,21 @@ class Scheduler:
                 self._cache_blocks(request, start // block_size, computed // block_size)
             if computed < len(request.token_ids):
                 continue
-            token = sampled[len(steps)]
+            token_id = sampled[len(stepped)].token_id
             if computed == request.num_prompt_tokens:
                 self._note_first_token(request, batch.counts, now)
-            request.token_ids.append(token.token_id)
+            request.token_ids.append(token_id)
             request.last_token_at = now
-            steps.append(Step(request, token))
-            if self._is_complete(request, token.token_id):
+            stepped.append(request)
+            if (computed + 1 >= request.length_limit or token_id in request.end_token_ids) and self._is_complete(
+                request, token_id
+            ):
                 has_ended = True
-        assert len(steps) == len(sampled), f"{len(sampled)} tokens sampled for {len(steps)} sequences"
-        batch.counts.num_generated_tokens = len(steps)
+        assert len(stepped) == len(sampled), f"{len(sampled)} tokens sampled for {len(stepped)} sequences"
+        batch.counts.num_generated_tokens = len(stepped)
         if has_ended:
             self._running = [request for request in self._running if request.finish_reason is None]
-        return steps
+        return stepped
 
     def _cache_blocks(self, request: RequestState, first: int, end: int) -> None:
         """Make blocks [first, end) of the sequence known: they are full now."""

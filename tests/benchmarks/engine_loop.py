@@ -1,4 +1,4 @@
-"""What one iteration costs the host beside the model: scheduling, booking, recording and making the outputs.
+"""What one iteration costs the host beside the model: scheduling, booking, recording, making and encoding the outputs.
 
 The real core runs decode iterations with a runner that returns at once. Garbage collection is on, as in an engine.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from engine import wire
 from engine.batch import Batch, SampledToken
 from engine.block_pool import BlockPool
 from engine.config import SchedulerConfig
@@ -55,7 +56,8 @@ def iterations_us(batch_size: int) -> list[float]:
     costs = []
     for _ in range(NUM_ITERATIONS):
         began = time.perf_counter()
-        core.step()
+        for message in core.step().values():
+            wire.encode(message)
         costs.append((time.perf_counter() - began) * 1e6)
     return costs[20:]
 
