@@ -15,7 +15,9 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import signal
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +71,8 @@ def add_side_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def enter_sides(stack: contextlib.ExitStack, args: argparse.Namespace, model: Path) -> list[Side]:
-    """Ours, and what it is compared with."""
+    """Ours, and what it is compared with. They end with this process, also when it is told to end."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if args.url:
         sides = [dataclasses.replace(running(args.url, "model", None), name="ours")]
     else:

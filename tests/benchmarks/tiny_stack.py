@@ -1,7 +1,7 @@
 """The whole stack on a tiny random model: HTTP, scheduling, sampling and text, with next to nothing to compute.
 
-Streams of 128 tokens after 128-token prompts, as many requests in a round as there are streams. Iterations are counted
-by the servers themselves (`vllm:iteration_tokens_total`, which both sides have); processor time is that of their
+Streams of 128 tokens after 128-token prompts, twice as many requests in a round as there are streams. Iterations are
+counted by the servers themselves (`vllm:iteration_tokens_total`, which both sides have); processor time is that of their
 processes. A token that is streamed costs its API server something: tokens per API-server core-second is its rate if
 there were nothing else.
 """
@@ -44,7 +44,7 @@ def num_iterations(side: Side) -> float:
 
 def measure(side: Side, concurrency: int, seed: int) -> dict[str, float]:
     """One round."""
-    prompts = random_prompts(concurrency, PROMPT_TOKENS, seed)
+    prompts = random_prompts(2 * concurrency, PROMPT_TOKENS, seed)
     iterations, before = num_iterations(side), side.cpu_s()
     load = run_load(side.url, side.model, prompts, OUTPUT_TOKENS, concurrency)
     spent = {pid: after - before.get(pid, 0.0) for pid, after in side.cpu_s().items()}
