@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.benchmarks.bench_check import BENCHMARKS, Benchmark, Bound, find, judge
 from tests.benchmarks.offline import workload
 from tests.benchmarks.roofline import Machine, Work, limit_tokens_per_s
-from tests.benchmarks.serving import num_requests, quantile_ms
+from tests.benchmarks.serving import add_ratios, num_requests, quantile_ms
 from tests.benchmarks.sse_client import Answer, Load, LoadError, Stream, make_answer, random_prompts, stream_all
 from tests.benchmarks.tiny_stack import count
 
@@ -154,6 +154,12 @@ def test_a_round_has_enough_requests_to_keep_the_batch_full(concurrency: int, co
     assert num_requests(concurrency, 64) == count
 
 
+def test_a_ratio_is_of_the_first_side_to_each_at_the_same_concurrency() -> None:
+    rows = [{"concurrency": c, "x": x} for c, x in ((1, 6.0), (1, 3.0), (8, 1.0), (8, 4.0), (8, 0.0))]
+    add_ratios(rows, "x")
+    assert [row["x_ratio"] for row in rows] == [1.0, 2.0, 1.0, 0.25, 0.0]
+
+
 def test_a_counters_series_are_added_up_and_no_other_name_with_them() -> None:
     text = 'x_count{engine="0"} 3.0\nx_count{engine="1"} 4.0\nx_count_created{engine="0"} 9.0\n# HELP x_count 7\n'
     assert count(text, "x_count") == 7.0
@@ -179,8 +185,8 @@ def test_every_recorded_bound_reads_the_document_of_its_benchmark() -> None:
     documents = {
         "statistics_cost": {f"record + commit, batch {n}": cost for n in (1, 256)},
         "engine_loop": {str(n): cost for n in (1, 256, 1024)},
-        "scrape": [{"api_servers": n, "engines": 1, "ms": 1.0, "multiprocess_ms": 9.0} for n in (1, 16)],
-        "tiny_stack": [{"side": s, "tokens_per_s": 7.0} for s in ("ours", "ours --disable-log-stats")],
+        "scrape": [{"api_servers": n, "engines": 1, "ms": 1.0, "multiprocess_ms": 9.0} for n in (1, 16, 64)],
+        "log_stats": {"ratio": 1.0},
         "model_step": steps,
     }
     ratios = {bound.what: bound.ratio(documents[b.name]) for b in BENCHMARKS for bound in b.bounds}

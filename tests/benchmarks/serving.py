@@ -3,7 +3,7 @@
 The other sides are vLLM, started here (`--compare-vllm`), our own server with other flags (`--compare-own`), or any
 server with OpenAI's completions API that runs already (`--compare-url`): all get the same prompts, in alternating
 rounds, and medians are compared. Prompts are token ids, so that all compute the same number of tokens; none shares a
-beginning with another, so that prefix caches find nothing.
+beginning with another, so that prefix caches find nothing. Ratios are of our figure to that of the row.
 
 The share of the roofline is of what this machine allows in float32, measured in the same run (`roofline`). Time to
 ready and resident memory, after the load, are those of servers that were started here or whose process is named.
@@ -20,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from engine import default_model
 from engine.weights.gguf_checkpoint import GGUFCheckpoint
@@ -30,7 +31,15 @@ from tests.benchmarks.sse_client import Load, random_prompts, run_load
 
 PROMPT_TOKENS = (134, 200)
 OUTPUT_TOKENS = 64
-LATENCIES = ("ttft_p50_ms", "itl_p50_ms", "itl_p99_ms")
+COLUMNS = {
+    "tokens_per_s": ("output tokens/s", ".1f"),
+    "tokens_per_s_ratio": ("ratio", ".2f"),
+    "roofline_share": ("share of roofline", ".0%"),
+    "ttft_p50_ms": ("TTFT p50, ms", ".1f"),
+    "ttft_p50_ms_ratio": ("ratio", ".2f"),
+    "itl_p50_ms": ("ITL p50, ms", ".1f"),
+    "itl_p99_ms": ("ITL p99, ms", ".1f"),
+}
 
 
 def quantile_ms(seconds: Sequence[float], quantile: float) -> float:
@@ -87,7 +96,7 @@ def enter_sides(stack: contextlib.ExitStack, args: argparse.Namespace, model: Pa
     return sides
 
 
-def compare(sides: Sequence[Side], concurrency: int, args: argparse.Namespace) -> list[dict[str, object]]:
+def compare(sides: Sequence[Side], concurrency: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rounds of all sides in turn; a row for each side, medians."""
     rounds: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
     for number in range(args.rounds):
@@ -100,6 +109,14 @@ def compare(sides: Sequence[Side], concurrency: int, args: argparse.Namespace) -
         | {figure: statistics.median(one[figure] for one in done) for figure in done[0]}
         for name, done in rounds.items()
     ]
+
+
+def add_ratios(rows: Sequence[dict[str, Any]], *figures: str) -> None:
+    """Of the first side's figure to each row's, at the same concurrency; 0 where there is none."""
+    for row in rows:
+        first = next(one for one in rows if one["concurrency"] == row["concurrency"])
+        for figure in figures:
+            row[f"{figure}_ratio"] = first[figure] / row[figure] if row[figure] else 0.0
 
 
 def main() -> None:
@@ -126,27 +143,22 @@ def main() -> None:
             work,
             prompt_tokens=sum(PROMPT_TOKENS) / 2,
             output_tokens=OUTPUT_TOKENS,
-            concurrency=int(str(row["concurrency"])),
+            concurrency=row["concurrency"],
         )
         row["roofline_tokens_per_s"] = limit
-        row["roofline_share"] = float(str(row["tokens_per_s"])) / limit
+        row["roofline_share"] = row["tokens_per_s"] / limit
+    add_ratios(rows, "tokens_per_s", "ttft_p50_ms")
     show(rows, costs, machine)
     document("serving", {"rounds": rows, "costs": costs, "roofline": dataclasses.asdict(machine)})
 
 
-def show(rows: Sequence[dict[str, object]], costs: Sequence[dict[str, object]], machine: roofline.Machine) -> None:
+def show(rows: Sequence[dict[str, Any]], costs: Sequence[dict[str, Any]], machine: roofline.Machine) -> None:
     """The tables."""
     table(
         "Median of rounds",
-        ("side", "concurrency", "output tokens/s", "share of roofline", "TTFT p50, ms", "ITL p50, ms", "ITL p99, ms"),
+        ("side", "concurrency", *(title for title, _ in COLUMNS.values())),
         [
-            (
-                row["side"],
-                row["concurrency"],
-                f"{row['tokens_per_s']:.1f}",
-                f"{row['roofline_share']:.0%}",
-                *(f"{row[name]:.1f}" for name in LATENCIES),
-            )
+            (row["side"], row["concurrency"], *(format(row[name], form) for name, (_, form) in COLUMNS.items()))
             for row in rows
         ],
     )

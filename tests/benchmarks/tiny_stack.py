@@ -1,9 +1,9 @@
 """The whole stack on a tiny random model: HTTP, scheduling, sampling and text, with next to nothing to compute.
 
 Streams of 128 tokens after 128-token prompts, twice as many requests in a round as there are streams. Iterations are
-counted by the servers themselves (`vllm:iteration_tokens_total`, which both sides have); processor time is that of their
-processes. A token that is streamed costs its API server something: tokens per API-server core-second is its rate if
-there were nothing else.
+counted by the servers themselves (`vllm:iteration_tokens_total`, which both sides have), processor time by the system.
+A token that is streamed costs its API server something: tokens per API-server core-second is how many it could send if
+there were nothing else. Ratios are of our figure to that of the row. 0 is what is not known.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.benchmarks.export_model import write_tiny_model
 from tests.benchmarks.report import document, table
-from tests.benchmarks.serving import add_side_arguments, enter_sides
+from tests.benchmarks.serving import add_ratios, add_side_arguments, enter_sides
 from tests.benchmarks.sides import Side
 from tests.benchmarks.sse_client import random_prompts, run_load
 
@@ -56,7 +56,7 @@ def measure(side: Side, concurrency: int, seed: int) -> dict[str, float]:
     api_server_s = sum(spent[pid] for pid in side.api_server_pids)
     return {
         "tokens_per_s": load.tokens_per_s,
-        "iteration_ms": 1e3 * load.elapsed_s / iterations,
+        "iteration_ms": 1e3 * load.elapsed_s / iterations if iterations else 0.0,
         "tokens_per_api_server_core_s": load.tokens_per_s * load.elapsed_s / api_server_s if api_server_s else 0.0,
         "client_cores": load.client_cpu_s / load.elapsed_s,
         **shares,
@@ -89,15 +89,25 @@ def main() -> None:
         for side in sides:
             measure(side, 64, -1)  # a warm-up
         rows = [row for concurrency in args.concurrency for row in compare(sides, concurrency, args.rounds)]
-    figures = ("tokens_per_s", "iteration_ms", "tokens_per_api_server_core_s", "client_cores")
+    add_ratios(rows, "tokens_per_s", "tokens_per_api_server_core_s")
+    figures = {
+        "tokens_per_s": ".0f",
+        "tokens_per_s_ratio": ".2f",
+        "iteration_ms": ".2f",
+        "tokens_per_api_server_core_s": ".0f",
+        "tokens_per_api_server_core_s_ratio": ".2f",
+        "client_cores": ".2f",
+    }
     table(
         "Median of rounds",
         (
             "side",
             "concurrency",
             "tokens/s",
+            "ratio",
             "iteration, ms",
             "tokens per API-server core-s",
+            "ratio",
             "cores: client",
             "the server's processes",
         ),
@@ -105,7 +115,7 @@ def main() -> None:
             (
                 row["side"],
                 row["concurrency"],
-                *(f"{row[name]:.{places}f}" for name, places in zip(figures, (0, 2, 0, 2), strict=True)),
+                *(format(row[name], form) for name, form in figures.items()),
                 ", ".join(f"{name.removesuffix(CORES)} {row[name]:.2f}" for name in row if name.endswith(CORES)),
             )
             for row in rows
