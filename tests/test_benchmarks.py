@@ -166,7 +166,7 @@ def test_a_counters_series_are_added_up_and_no_other_name_with_them() -> None:
 
 
 def test_a_bound_is_broken_only_when_two_measurements_break_it() -> None:
-    bound = Bound("a / b", 2.0, lambda results: results["a"] / results["b"])
+    bound = Bound("a / b", 3.0, 2.0, lambda results: results["a"] / results["b"])
     benchmark = Benchmark("any", (), (bound,))
 
     def judged(*measured: float) -> tuple[bool, float, int]:
@@ -193,6 +193,7 @@ def test_every_recorded_bound_reads_the_document_of_its_benchmark() -> None:
     assert ratios["scrape, 16 API servers: multiprocess mode / ours"] == 9.0
     assert ratios["loop, each request: 256 / 1024"] == 4.0
     assert len(ratios) == sum(len(b.bounds) for b in BENCHMARKS)
+    assert all(bound.least < bound.recorded for b in BENCHMARKS for bound in b.bounds)
 
 
 def test_a_figure_is_that_of_the_row_with_all_of_the_values() -> None:
