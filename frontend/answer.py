@@ -1,37 +1,47 @@
 """One HTTP request's sequences, from the engine's tokens to pieces of text, and the account of every token.
 
-A piece is what one wake-up adds to one choice; tokens whose text is still held back (half a character, the beginning
-of a stop string) wait and come with the next piece. P4: whoever writes pieces first calls `deliver`, then awaits
-`committed`, then writes; and `close` in a finally.
+A piece is what one turn adds to one choice; tokens whose text is still held back (half a character, the beginning of a
+stop string) wait and come with the next piece. P4: whoever writes pieces first calls `deliver`, has that committed
+(`join`), then writes; and calls `close` in a finally. `frontend.delivery` does.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.wire import Finish, Start, TokenLogprobs
 from frontend.detokenizer import SequenceText
 from frontend.errors import GenerationFailed
+from frontend.group_commit import Party
 
 
 class Delta(Protocol):
     """New tokens of one of a generation's sequences."""
 
-    index: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    finish: Finish | None
-    start: Start | None
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None: ...
+
+    @property
+    def finish(self) -> Finish | None: ...
+
+    @property
+    def start(self) -> Start | None: ...
 
 
 class Generation(Protocol):
     """One prompt's n sequences at an engine, and what is counted about them; `frontend.engine_client` makes these."""
 
-    def __aiter__(self) -> AsyncIterator[Sequence[Delta]]: ...
+    def listen(self, on_news: Callable[[], None]) -> None: ...
+
+    def take(self) -> Sequence[Delta]: ...
 
     def stop(self, index: int) -> None: ...
 
@@ -40,6 +50,8 @@ class Generation(Protocol):
     def undelivered(self, num_tokens: int, reason: str) -> None: ...
 
     def finish(self) -> None: ...
+
+    def join(self, party: Party) -> None: ...
 
     async def committed(self) -> None: ...
 
@@ -89,23 +101,32 @@ class _Choice:
         """Add the tokens; returns how many came after a stop string and belong to no answer."""
         if delta.start is not None:
             self.num_cached_tokens = delta.start.num_cached_tokens
-        hidden = self._num_hidden(delta)
+        if delta.finish is None and delta.logprobs is None and not self._text.is_searched:
+            self._piece.text += self._text.append_all(delta.token_ids)
+            self._piece.num_tokens += len(delta.token_ids)
+            return 0
+        num_taken = self._take_each(delta)
+        self._end(delta.finish)
+        return len(delta.token_ids) - num_taken
+
+    def _take_each(self, delta: Delta) -> int:
+        """Token by token: to the one that completes a stop string, and with log probabilities."""
+        num_shown = len(delta.token_ids) - self._num_hidden(delta)
         shown = []
+        position = -1
         for position, token_id in enumerate(delta.token_ids):
             if delta.logprobs is not None:
                 logprobs = delta.logprobs[position]
                 self._piece.tokens.append(ShownToken(token_id, self._text.num_characters, logprobs))
-            if position >= len(delta.token_ids) - hidden:
+            if position >= num_shown:
                 self._text.append_unseen()
             else:
                 shown.append(self._text.append(token_id))
-            self._piece.num_tokens += 1
             if self._text.has_stopped:
                 break
-        num_taken = position + 1 if delta.token_ids else 0
         self._piece.text += "".join(shown)
-        self._end(delta.finish)
-        return len(delta.token_ids) - num_taken
+        self._piece.num_tokens += position + 1
+        return position + 1
 
     def _num_hidden(self, delta: Delta) -> int:
         """1 where the last token is the one that the engine stopped at: end of text, or one of `stop_token_ids`."""
@@ -127,9 +148,10 @@ class _Choice:
 
     def pop_piece(self) -> Piece | None:
         """What can be shown now."""
-        if not self._piece.text and self._piece.finish_reason is None:
+        piece = self._piece
+        if not piece.text and piece.finish_reason is None:
             return None
-        piece, self._piece = self._piece, Piece(self._piece.choice)
+        self._piece = Piece(piece.choice)
         return piece
 
 
@@ -147,7 +169,8 @@ class Answer:
         self._generations = generations
         self._n = n
         numbers = range(len(generations) * n)
-        self._choices = [_Choice(number, new_text(), shows_stop_token=shows_stop_token) for number in numbers]
+        choices = [_Choice(number, new_text(), shows_stop_token=shows_stop_token) for number in numbers]
+        self._choices = [choices[at : at + n] for at in range(0, len(choices), n)]  # of each generation
         self._num_undelivered = [n] * len(generations)  # choices of each prompt whose last piece is not delivered
         self.num_completion_tokens = 0
 
@@ -159,37 +182,40 @@ class Answer:
     @property
     def num_cached_tokens(self) -> int | None:
         """Prompt tokens found in the prefix cache, by each prompt's first sequence; None if an engine did not say."""
-        counts = [choice.num_cached_tokens for choice in self._choices[:: self._n]]
+        counts = [choices[0].num_cached_tokens for choices in self._choices]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """What is ready, at each wake-up; ends when every choice has. Raises EngineLost and GenerationFailed."""
-        async with aclosing(_arrivals(self._generations)) as arrivals:
-            async for arrived in arrivals:
-                touched = {}
-                for prompt, deltas in arrived:
-                    for delta in deltas:
-                        choice = self._take(prompt, delta)
-                        touched[id(choice)] = choice
-                pieces = [piece for choice in touched.values() if (piece := choice.pop_piece()) is not None]
-                if pieces:
-                    yield pieces
-                if all(choice.is_finished for choice in self._choices):
-                    return
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice's last piece was taken."""
+        return all(choice.is_finished for choices in self._choices for choice in choices)
 
-    def _take(self, prompt: int, delta: Delta) -> _Choice:
-        generation, choice = self._generations[prompt], self._choices[prompt * self._n + delta.index]
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """It is called whenever there is something to take."""
+        for generation in self._generations:
+            generation.listen(on_news)
+
+    def take(self) -> list[Piece]:
+        """What has become ready. Raises EngineLost and GenerationFailed."""
+        pieces = []
+        for generation, choices in zip(self._generations, self._choices, strict=True):
+            if deltas := generation.take():
+                for delta in deltas:
+                    self._take(generation, choices[delta.index], delta)
+                pieces += [piece for choice in choices if (piece := choice.pop_piece()) is not None]
+        return pieces
+
+    def _take(self, generation: Generation, choice: _Choice, delta: Delta) -> None:
         if choice.is_finished:
             generation.undelivered(len(delta.token_ids), "stop")
-            return choice
+            return
         if delta.finish is not None and delta.finish.reason == "error":
             raise GenerationFailed(delta.finish.message or "the engine failed on this request")
         num_past_stop = choice.take(delta)
         if choice.has_stopped:
             generation.stop(delta.index)
             generation.undelivered(num_past_stop, "stop")
-        return choice
 
     def deliver(self, pieces: Iterable[Piece]) -> None:
         """Count these pieces' tokens as delivered, and each request that ends with them as finished."""
@@ -203,6 +229,10 @@ class Answer:
                 if not self._num_undelivered[prompt]:
                     generation.finish()
 
+    def join(self, party: Party) -> None:
+        """It counts and hands over around the server's next commit."""
+        self._generations[0].join(party)
+
     async def committed(self) -> None:
         """Everything counted so far is durable: one commit serves the whole server."""
         await self._generations[0].committed()
@@ -211,32 +241,3 @@ class Answer:
         """Ends what still runs; idempotent."""
         for generation in self._generations:
             generation.close()
-
-
-async def _arrivals(generations: Sequence[Generation]) -> AsyncGenerator[list[tuple[int, Sequence[Delta]]], None]:
-    """(prompt, deltas) of every generation that has some, together."""
-    if len(generations) == 1:
-        async for deltas in generations[0]:
-            yield [(0, deltas)]
-        return
-    iterators = [aiter(generation) for generation in generations]
-    waiting = {asyncio.ensure_future(_next(iterator)): prompt for prompt, iterator in enumerate(iterators)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            ready = []
-            for task in done:
-                prompt, arrived = waiting.pop(task), task.result()
-                if arrived is not None:
-                    ready.append((prompt, arrived))
-                    waiting[asyncio.ensure_future(_next(iterators[prompt]))] = prompt
-            if ready:
-                yield sorted(ready, key=lambda pair: pair[0])
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-
-
-async def _next(iterator: AsyncIterator[Sequence[Delta]]) -> Sequence[Delta] | None:
-    return await anext(iterator, None)

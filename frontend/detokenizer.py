@@ -9,28 +9,30 @@ back a U+FFFD that the model meant; and it decodes everything held back again fo
 
 from __future__ import annotations
 
-import codecs
+from codecs import utf_8_decode
 from collections.abc import Callable, Sequence
-
-_new_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
     """Text of one sequence. `token_bytes` gives a token's bytes, none for a token that is not shown."""
 
-    __slots__ = ("_decoder", "_token_bytes")
+    __slots__ = ("_held", "_token_bytes")
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self._token_bytes = token_bytes
-        self._decoder = _new_decoder("replace")
+        self._held = b""  # the beginning of a character
 
     def append(self, token_id: int) -> str:
         """The characters that this token completes."""
-        return self._decoder.decode(self._token_bytes(token_id))
+        raw = self._held + self._token_bytes(token_id)
+        text, num_decoded = utf_8_decode(raw, "replace")
+        self._held = raw[num_decoded:]
+        return text
 
     def flush(self) -> str:
         """What is left when no more tokens come: U+FFFD for a character cut short, or nothing."""
-        return self._decoder.decode(b"", final=True)
+        held, self._held = self._held, b""
+        return held.decode("utf-8", "replace")
 
 
 class StopStrings:
@@ -48,6 +50,11 @@ class StopStrings:
         self._beginnings = frozenset("".join(stop[:-1] for stop in stops))  # the characters of all their beginnings
         self._includes_stop = includes_stop
         self._held = ""
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self._stops)
 
     def append(self, text: str) -> tuple[str, bool]:
         """(text that may be shown, whether a stop string was found: then nothing follows)."""
@@ -82,12 +89,13 @@ class SequenceText:
     `num_tokens` counts the tokens that belong to the answer: all up to the one that completes a stop string.
     """
 
-    __slots__ = ("_detokenizer", "_min_tokens", "_stops", "has_stopped", "num_characters", "num_tokens")
+    __slots__ = ("_detokenizer", "_min_tokens", "_stops", "has_stopped", "is_searched", "num_characters", "num_tokens")
 
     def __init__(self, detokenizer: Detokenizer, stops: StopStrings, *, min_tokens: int = 0) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
         self._min_tokens = min_tokens
+        self.is_searched = stops.has_any  # or else nothing but the engine ends it
         self.has_stopped = False
         self.num_tokens = 0
         self.num_characters = 0  # decoded, shown or held back
@@ -103,6 +111,13 @@ class SequenceText:
             return text
         shown, self.has_stopped = self._stops.append(text)
         return shown
+
+    def append_all(self, token_ids: Sequence[int]) -> str:
+        """`append` of each, where no stop string is searched for."""
+        text = "".join(map(self._detokenizer.append, token_ids))
+        self.num_tokens += len(token_ids)
+        self.num_characters += len(text)
+        return text
 
     def append_unseen(self) -> None:
         """Count a token whose text is not shown: the stop token."""

@@ -4,8 +4,8 @@ A connection begins with Hello, which says how many tokens of that engine were e
 can book the rest as lost. When the deployment table shows the incarnation ended, everything that can still be read is
 read and counted, then what is open fails. A new incarnation has a socket path, and a connection, of its own.
 
-The order for what arrives (P4): count received, hand to the generations (which count), commit, all in one callback of
-the event loop; the requests' coroutines run after that. For what is sent: count submitted, commit, send.
+The order for what arrives (P4): count received, hand to the generations, whose deliveries count, commit, then write,
+all in one callback of the event loop (`frontend.group_commit`). For what is sent: count submitted, commit, send.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class EngineConnection:
                 asyncio.get_running_loop().call_soon(self._on_goodbye)
             else:
                 self._on_outputs(message)
-        self._group.now()  # before any coroutine that was woken runs
+        self._group.now()  # and write
 
     def _on_outputs(self, outputs: Outputs) -> None:
         self.record.received(sum(len(output.token_ids) for output in outputs.outputs))

@@ -1,8 +1,8 @@
 """One request on its way: its n sequences on one engine, what has arrived of them, and how it is counted.
 
-Between the engine's connection, which calls `on_output` and `fail` (synchronously, many a tick), and the route, which
-iterates, writes, and calls `delivered`, `finish`, `committed` and, in a `finally`, `close`. It reads no socket and no
-clock: instants are arguments or come from the `clock` given.
+Between the engine's connection, which calls `on_output` and `fail`, and whoever answers the client, who listens, takes,
+writes, and calls `delivered`, `finish` and, in the end, `close`. All of it synchronous: a token wakes no coroutine. It
+reads no socket and no clock: instants are arguments or come from the `clock` given.
 
 Every token that `on_output` takes is held until it is counted as delivered or undelivered; `close` counts what is
 still held. So nothing is ever held by a request that is over (P6).
@@ -10,14 +10,13 @@ still held. So nothing is ever held by a request that is over (P6).
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from engine.wire import Finish, Output, Start, TokenLogprobs
 from frontend.errors import EngineLost
-from frontend.group_commit import GroupCommit
+from frontend.group_commit import GroupCommit, Party
 from frontend.request_record import OBSERVED_REASONS, REASON_ORDER, EngineRecord, EngineTimes, FinishedRequest
 from metrics.exemplars import Origin
 
@@ -68,8 +67,12 @@ class SequenceState:
     reason: str | None = None  # None: still open
 
 
+def _nobody() -> None:
+    """Listens."""
+
+
 class Generation:
-    """Iterate for deltas: whatever has arrived, at least one; ends when every sequence has, or raises EngineLost."""
+    """`listen`, then `take` the deltas that have arrived."""
 
     def __init__(
         self,
@@ -87,7 +90,7 @@ class Generation:
         self._asked = asked
         self.sequences = [SequenceState(index, request_id) for index, request_id in enumerate(request_ids)]
         self._pending: list[Delta] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._on_news: Callable[[], None] = _nobody
         self._num_held = 0
         self._has_first_token = False
         self._longest_gap_s: float | None = None
@@ -115,28 +118,29 @@ class Generation:
         if output.finish is not None:
             self._end(sequence, output.finish.reason)
         self._pending.append(Delta(sequence.index, output.token_ids, output.logprobs, output.finish, output.start))
-        self._wake()
+        self._on_news()
 
     def fail(self, error: EngineLost) -> None:
         """The engine has gone, or the answer has a hole: what is open ends here, after what has arrived before."""
         ended = self._end_open("error")
         if ended and self.error is None:
             self.error = error
-        self._wake()
+        self._on_news()
 
-    # --- from the route ---
+    # --- from whoever answers the client ---
 
-    def __aiter__(self) -> Generation:
-        return self
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """It is called whenever there is something to take, or an error to meet; at once where there is already."""
+        self._on_news = on_news
+        if self._pending or self.error is not None:
+            on_news()
 
-    async def __anext__(self) -> list[Delta]:
-        while not self._pending:
-            if self.error is not None:
+    def take(self) -> list[Delta]:
+        """Whatever has arrived since; raises EngineLost once there is nothing before it."""
+        if self.error is not None:
+            if not self._pending:
                 raise self.error
-            if all(sequence.reason is not None for sequence in self.sequences):
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            self._on_news()  # the error is still to be met
         deltas, self._pending = self._pending, []
         return deltas
 
@@ -152,7 +156,7 @@ class Generation:
         self.undelivered(sum(len(delta.token_ids) for delta in dropped), "stop")
 
     def delivered(self, num_tokens: int) -> None:
-        """So many tokens are about to be written to the client. Call `committed` in between."""
+        """So many tokens are about to be written to the client, once that is committed."""
         self._settle(num_tokens)
         self._record.delivered(num_tokens)
 
@@ -174,6 +178,10 @@ class Generation:
         else:
             self._record.gave_up(reason)
 
+    def join(self, party: Party) -> None:
+        """It counts and hands over around the API server's next commit."""
+        self._group.join(party)
+
     async def committed(self) -> None:
         """Resolves when everything counted so far is in the tally file."""
         await self._group.committed()
@@ -184,6 +192,7 @@ class Generation:
             return
         self._is_closed = True
         self._end_open("abort")
+        self._on_news = _nobody
         self._pending.clear()
         failed = self.error is not None or any(sequence.reason == "error" for sequence in self.sequences)
         if self._num_held:
@@ -229,10 +238,6 @@ class Generation:
     def _settle(self, num_tokens: int) -> None:
         assert 0 <= num_tokens <= self._num_held, f"{num_tokens} tokens settled, {self._num_held} held"
         self._num_held -= num_tokens
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
     def _summary(self, reason: str) -> FinishedRequest:
         sequences = self.sequences

@@ -1,7 +1,7 @@
-"""One commit of the tally for everybody who waits in the same tick of the event loop.
+"""One commit of the tally for everybody who has something to hand over in the same tick of the event loop.
 
-A stream counts what it is about to write, waits for `committed()`, then writes (P4: count, commit, hand over). With
-hundreds of streams woken by one iteration that is still one commit.
+A party counts what it is about to write, the tally is committed, the party writes (P4: count, commit, hand over). With
+hundreds of streams that get a token from one iteration that is still one commit, and not one of their coroutines runs.
 
 This is a bulkhead (P8): a commit that fails is handed to `on_fault` and nobody who waits learns of it. Requests go
 on; what they counted reaches the file with the next commit that succeeds.
@@ -11,6 +11,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
+
+
+class Party(Protocol):
+    """Whoever has something to hand over; neither call raises."""
+
+    def count(self) -> None:
+        """Count what is about to be handed over."""
+
+    def hand_over(self) -> None:
+        """What was counted is committed."""
 
 
 class GroupCommit:
@@ -19,15 +30,26 @@ class GroupCommit:
     def __init__(self, commit: Callable[[], None], on_fault: Callable[[Exception], None]) -> None:
         self._commit = commit
         self._on_fault = on_fault
-        self._waiters: list[asyncio.Future[None]] = []
+        self._parties: list[Party] = []
         self._is_due = False
 
+    def join(self, party: Party) -> None:
+        """It counts, and hands over, around the next commit, which is in this tick's end at the latest."""
+        self._parties.append(party)
+        self.soon()
+
     def now(self) -> None:
-        """Commit before returning."""
+        """Commit before returning, with all parties."""
+        self._is_due = False
+        parties, self._parties = self._parties, []
+        for party in parties:
+            party.count()
         try:
             self._commit()
         except Exception as error:  # noqa: BLE001 - the bulkhead: whatever is wrong with statistics, requests go on
             self._on_fault(error)
+        for party in parties:
+            party.hand_over()
 
     def soon(self) -> None:
         """Commit in this tick's end; nobody waits."""
@@ -37,16 +59,24 @@ class GroupCommit:
 
     async def committed(self) -> None:
         """Resolves when everything counted before this call is committed."""
-        # A future for each: a waiter that is cancelled cancels its own only.
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        self.soon()
-        await waiter
+        waiter = _Waiter()
+        self.join(waiter)
+        await waiter.future
 
     def _run(self) -> None:
-        self._is_due = False
-        waiters, self._waiters = self._waiters, []
-        self.now()
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        if self._is_due:
+            self.now()
+
+
+class _Waiter:
+    """A coroutine that has counted already. One that is cancelled cancels its own future only."""
+
+    def __init__(self) -> None:
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def count(self) -> None:
+        pass
+
+    def hand_over(self) -> None:
+        if not self.future.done():
+            self.future.set_result(None)

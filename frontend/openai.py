@@ -1,24 +1,26 @@
 """The OpenAI HTTP API: /v1/completions, /v1/chat/completions, /v1/models. Routes only.
 
 What a request may say is in `protocol`, what an answer looks like in `replies`, how tokens become text and are
-accounted for in `answer`. A streamed answer's headers go out with its first words, so that whatever fails before them
-has an honest status; what fails later is an event in the stream.
+accounted for in `answer`, how that reaches the client in `delivery`. A streamed answer's headers go out with its first
+words, so that whatever fails before them has an honest status; what fails later is an event in the stream.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Final, Protocol
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from engine.wire import SamplingParams
 from frontend.answer import Answer, Generation, Piece
 from frontend.chat_template import ChatTemplateError
+from frontend.delivery import Delivery, Sink
 from frontend.detokenizer import SequenceText, StopStrings
 from frontend.errors import ApiError, BadRequest, NotFound, error_body
 from frontend.origin import ORIGIN, origin_of
@@ -223,45 +225,74 @@ class OpenAIService:
 async def _whole(answer: Answer, reply: Reply, num_prompt_tokens: int) -> web.Response:
     """One JSON answer, when all is there."""
     choices: dict[int, Piece] = {}
-    async for pieces in answer.pieces():
+
+    def say(pieces: list[Piece]) -> str:
         for piece in pieces:
             if piece.choice in choices:
                 choices[piece.choice].extend(piece)
             else:
                 choices[piece.choice] = piece
-    in_order = [choices[number] for number in sorted(choices)]
-    answer.deliver(in_order)
-    await answer.committed()
-    counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
-    return web.json_response(reply.whole(in_order, counts))
+        if not answer.is_finished:
+            return ""
+        in_order = [choices[number] for number in sorted(choices)]
+        answer.deliver(in_order)
+        counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
+        return json.dumps(reply.whole(in_order, counts))
+
+    return web.json_response(text=await Delivery(answer, say).next())
 
 
 async def _stream(
     http: web.Request, answer: Answer, reply: Reply, request: GenerationRequest, num_prompt_tokens: int
 ) -> web.StreamResponse:
-    """Server-sent events, one write a wake-up."""
+    """Server-sent events, one write a turn."""
+
+    def say(pieces: list[Piece]) -> str:
+        answer.deliver(pieces)
+        events = "".join(map(reply.events, pieces))
+        if not answer.is_delivered:
+            return events
+        if request.stream_options.include_usage:
+            counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
+            events += reply.usage_event(counts)
+        return events + DONE
+
     response = web.StreamResponse(headers=STREAM_HEADERS)
+    delivery = Delivery(answer, say)
+    sink: Sink | None = None
     try:
-        async for pieces in answer.pieces():
-            answer.deliver(pieces)
-            events = [event(chunk) for piece in pieces for chunk in reply.chunks(piece)]
+        while True:
+            words = await delivery.next(sink)
+            writer = await response.prepare(http)
             if answer.is_delivered:
-                if request.stream_options.include_usage:
-                    counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
-                    events.append(event(reply.usage_chunk(counts)))
-                events.append(DONE)
-            await answer.committed()
-            if not response.prepared:
-                await response.prepare(http)
-            await response.write(b"".join(events))
+                break
+            await response.write(words.encode())
+            if writer is not None:
+                await writer.drain()
+            sink = _chunks(http)
     except ApiError as error:
         if not response.prepared:
             raise
         answer.close()
         await answer.committed()
-        await response.write(event(error_body(error)))
-    await response.write_eof()
+        words = event(error_body(error))
+    await response.write_eof(words.encode())
     return response
+
+
+def _chunks(http: web.Request) -> Sink | None:
+    """Past aiohttp's writer, which only a coroutine can use. None where this HTTP version has no chunks."""
+    transport, protocol = http.transport, http.protocol
+    if transport is None or http.version < HttpVersion11:
+        return None
+
+    def write(words: str) -> bool:
+        if transport.is_closing():
+            raise ConnectionResetError("the client has gone")
+        transport.write(f"{len(words):x}\r\n{words}\r\n".encode())
+        return not protocol.writing_paused
+
+    return write
 
 
 def add_routes(app: web.Application, service: Callable[[], OpenAIService]) -> None:

@@ -62,17 +62,38 @@ def _decoding(decoder: Decoder | None) -> tuple[Callable[[str], bytes], bool]:
     raise TokenizerError(f"the tokenizer's decoder is {list(steps) or None}, known are byte level and SentencePiece")
 
 
+class _TokenBytes(dict[int, bytes]):
+    """Each token's bytes, found when it is first asked for; bounded by the vocabulary."""
+
+    def __init__(self, id_to_token: Callable[[int], str | None], to_bytes: Callable[[str], bytes]) -> None:
+        super().__init__()
+        self._id_to_token = id_to_token
+        self._to_bytes = to_bytes
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._id_to_token(token_id)
+        found = self[token_id] = b"" if token is None else self._to_bytes(token)
+        return found
+
+
 class Tokenizer:
     """Encodes, decodes and renders conversations; nothing in it changes but a cache bounded by the vocabulary."""
 
     def __init__(self, parts: TokenizerParts) -> None:
         self._tokenizer = parts.tokenizer
-        self._to_bytes, self._drops_leading_space = _decoding(parts.tokenizer.decoder)
+        to_bytes, self._drops_leading_space = _decoding(parts.tokenizer.decoder)
         added = parts.tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(index for index, token in added.items() if token.special)
         # An added token is written as plain text in a byte-level vocabulary, not in its alphabet.
-        plain = added if self._to_bytes is _byte_level_bytes else {}
-        self._bytes: dict[int, bytes] = {index: token.content.encode() for index, token in plain.items()}
+        plain = added if to_bytes is _byte_level_bytes else {}
+        own = _TokenBytes(parts.tokenizer.id_to_token, to_bytes)
+        own.update({index: token.content.encode() for index, token in plain.items()})
+        shown = _TokenBytes(parts.tokenizer.id_to_token, to_bytes)
+        shown.update({index: b"" if token.special else own[index] for index, token in added.items()})
+        self.token_bytes: Callable[[int], bytes] = own.__getitem__
+        """A token's own bytes: maybe only part of a character; none for ids beyond the tokenizer's vocabulary, which
+        a model padded for speed may sample."""
+        self.shown_bytes: Callable[[int], bytes] = shown.__getitem__
+        """`token_bytes`, but none for special tokens."""
         self.vocab_size: int = parts.tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_token_bytes = max(len(token.encode()) for token in parts.tokenizer.get_vocab())
         self.chat_template: ChatTemplate | None = None
@@ -92,19 +113,6 @@ class Tokenizer:
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """For tokens that continue a prompt, so that no leading space is dropped."""
         return Detokenizer(self.shown_bytes if skip_special_tokens else self.token_bytes)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """A token's own bytes: maybe only part of a character; none for ids beyond the tokenizer's vocabulary, which
-        a model padded for speed may sample."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            token = self._tokenizer.id_to_token(token_id)
-            known = self._bytes[token_id] = b"" if token is None else self._to_bytes(token)
-        return known
-
-    def shown_bytes(self, token_id: int) -> bytes:
-        """`token_bytes`, but none for special tokens."""
-        return b"" if token_id in self._special_ids else self.token_bytes(token_id)
 
     def can_fit(self, text: str, max_tokens: int) -> bool:
         """False only if `text` certainly has more tokens than `max_tokens`: no token is longer than the longest.

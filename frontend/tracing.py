@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ from aiohttp import web
 from engine.wire import SamplingParams
 from frontend.errors import ApiError
 from frontend.generation import Delta, Generation
+from frontend.group_commit import Party
 
 OPERATIONS: Final = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 CONTEXT_HEADERS: Final = ("traceparent", "tracestate")
@@ -112,11 +113,11 @@ class TracedGeneration:
         self._end: Callable[[Generation, Told], None] | None = end
         self._told = Told(arrived_at)
 
-    def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        return self
+    def listen(self, on_news: Callable[[], None]) -> None:
+        self._inner.listen(on_news)
 
-    async def __anext__(self) -> list[Delta]:
-        deltas = await anext(self._inner)
+    def take(self) -> list[Delta]:
+        deltas = self._inner.take()
         now, told = self._clock(), self._told
         for delta in deltas:
             if delta.token_ids:
@@ -138,6 +139,9 @@ class TracedGeneration:
         self._inner.finish()
         if self._told.finished_at is None:
             self._told.finished_at = self._clock()
+
+    def join(self, party: Party) -> None:
+        self._inner.join(party)
 
     async def committed(self) -> None:
         await self._inner.committed()

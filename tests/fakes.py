@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from engine.batch import Batch, SampledToken, ScheduledSequence
 from engine.wire import Finish, SamplingParams, Start, TokenLogprobs
+from frontend.group_commit import GroupCommit, Party
 
 T = TypeVar("T")
 
@@ -154,21 +155,39 @@ class FakeGeneration:
     """
 
     def __init__(self, script: Sequence[Sequence[FakeDelta] | Exception | None], log: list[str] | None = None) -> None:
-        self._script = script
+        self.script = list(script)  # what is still to come
+        self._has_news = False
+        self._group = GroupCommit(lambda: self.log.append("commit"), lambda error: None)
         self.log: list[str] = [] if log is None else log
         self.counts: Counter[str] = Counter()
         self.is_finished = False
         self.closed = asyncio.Event()
 
-    async def __aiter__(self) -> AsyncIterator[Sequence[FakeDelta]]:
-        for deltas in self._script:
-            await asyncio.sleep(0)
-            if deltas is None:
-                await asyncio.Event().wait()
-            elif isinstance(deltas, Exception):
-                raise deltas
-            else:
-                yield deltas
+    def listen(self, on_news: Callable[[], None]) -> None:
+        self._on_news = on_news
+        self._next_soon()
+
+    def take(self) -> Sequence[FakeDelta]:
+        if not self._has_news:
+            return []
+        self._has_news = False
+        deltas = self.script.pop(0)
+        if isinstance(deltas, Exception):
+            raise deltas
+        self._next_soon()
+        assert deltas is not None
+        return deltas
+
+    def _next_soon(self) -> None:
+        if self.script and self.script[0] is not None:
+            asyncio.get_running_loop().call_soon(self._arrive)
+
+    def _arrive(self) -> None:
+        self._has_news = True
+        self._on_news()
+
+    def join(self, party: Party) -> None:
+        self._group.join(party)
 
     def stop(self, index: int) -> None:
         self.log.append(f"stop {index}")
@@ -187,8 +206,7 @@ class FakeGeneration:
         self.log.append("finish")
 
     async def committed(self) -> None:
-        await asyncio.sleep(0)
-        self.log.append("commit")
+        await self._group.committed()
 
     def close(self) -> None:
         if not self.closed.is_set():
@@ -211,7 +229,7 @@ class FakeClients:
     """Plays the next script for each request that is submitted; an exception in place of a script is raised."""
 
     def __init__(self, *scripts: Sequence[Sequence[FakeDelta] | Exception | None] | Exception) -> None:
-        self._scripts = list(scripts)
+        self.scripts = list(scripts)
         self.log: list[str] = []
         self.asks: list[FakeAsk] = []
         self.has_taken_all = asyncio.Event()
@@ -220,8 +238,8 @@ class FakeClients:
         self, prompt_token_ids: list[int], sampling: SamplingParams, *, n: int, priority: int, arrived_at: float
     ) -> FakeGeneration:
         sampling.check()
-        script = self._scripts.pop(0)
-        if not self._scripts:
+        script = self.scripts.pop(0)
+        if not self.scripts:
             self.has_taken_all.set()
         if isinstance(script, Exception):
             raise script

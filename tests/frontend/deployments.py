@@ -22,6 +22,7 @@ from engine.wire import Finish, Hello, Output, Outputs, Start, Submit
 from frontend.app import State, admin_app, public_app
 from frontend.config import ServerConfig, server_config_from_json
 from frontend.deployment_view import DeploymentView
+from frontend.generation import Delta, Generation
 from frontend.serving import Serving
 from metrics import broadcast
 from metrics.deployment import API_SERVER, ENGINE, Deployment, Facts, ProcessEntry
@@ -119,6 +120,17 @@ def output(
     if first_index == 0 and tokens and start is None:
         start = START
     return Output(submit.request_id, first_index, tokens, None, end, start)
+
+
+async def deltas_of(generation: Generation) -> list[Delta]:
+    """The next that arrive; none once every sequence has ended."""
+    news = asyncio.Event()
+    generation.listen(news.set)
+    async with asyncio.timeout(10):
+        while not (deltas := generation.take()) and any(sequence.reason is None for sequence in generation.sequences):
+            news.clear()
+            await news.wait()
+    return deltas
 
 
 class FakeBeacon:

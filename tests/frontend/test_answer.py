@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.wire import Output
+from engine.wire import Finish, Output, Start
 from frontend.answer import Answer, Piece
 from frontend.detokenizer import SequenceText, StopStrings
 from frontend.errors import ApiError, EngineLost, GenerationFailed
-from frontend.generation import Asked, Generation
+from frontend.generation import Asked, Generation, SequenceState
 from frontend.group_commit import GroupCommit
 from tests.fakes import fake_finish, fake_start
 from tests.frontend.small_tokenizers import byte_level_tokenizer
@@ -63,6 +63,11 @@ class Books:
         self.ended_requests[reason] += 1
 
 
+def output_of(sequence: SequenceState, tokens: list[int], finish: Finish | None, start: Start | None) -> Output:
+    """Its next tokens."""
+    return Output(sequence.request_id, sequence.num_tokens, tokens, None, finish, start)
+
+
 class Run:
     """One request of n sequences, its books, and what its client saw."""
 
@@ -88,16 +93,19 @@ class Run:
         self.num_received += len(tokens)
         finish = None if reason is None else fake_finish(reason, message="no room")
         start = fake_start() if sequence.num_tokens == 0 else None
-        self.generation.on_output(sequence, Output(index, sequence.num_tokens, tokens, None, finish, start), 1.0)
+        self.generation.on_output(sequence, output_of(sequence, tokens, finish, start), 1.0)
 
     async def read(self, leaves_after: int | None = None) -> None:
         """A client that reads to the end, or leaves after so many pieces."""
+        news = asyncio.Event()
+        self.answer.listen(news.set)
         try:
-            async for pieces in self.answer.pieces():
+            while not self.answer.is_finished and (leaves_after is None or len(self.pieces) < leaves_after):
+                await news.wait()
+                news.clear()
+                pieces = self.answer.take()
                 self.answer.deliver(pieces)
                 self.pieces += pieces
-                if leaves_after is not None and len(self.pieces) >= leaves_after:
-                    return
         finally:
             self.answer.close()
 

@@ -21,7 +21,7 @@ from frontend.request_record import RequestRecord
 from metrics.deployment import API_SERVER, ENGINE, Deployment, ProcessEntry
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
-from tests.frontend.deployments import START, FakeEngine, finish, output, until
+from tests.frontend.deployments import START, FakeEngine, deltas_of, finish, output, until
 
 LAYOUT = build_layout(API_SERVER, Shape(num_engines=1, num_api_servers=1, max_model_len=2048))
 SAMPLING = SamplingParams(max_tokens=8)
@@ -110,8 +110,11 @@ async def bench(directory: str) -> AsyncIterator[Bench]:
 
 
 async def read(generation: Generation) -> list[Delta]:
-    async with asyncio.timeout(10):
-        return [delta async for deltas in generation for delta in deltas]
+    """All of them."""
+    found: list[Delta] = []
+    while deltas := await deltas_of(generation):
+        found += deltas
+    return found
 
 
 async def test_without_a_ready_engine_a_request_is_refused_and_not_counted(bench: Bench):
@@ -202,7 +205,7 @@ async def test_what_arrives_is_committed_as_received_before_a_request_sees_it(be
         generation = await bench.submit()
         (submit,) = await engine.receive_submits(1)
         await engine.send(output(submit, 0, [7]))
-        await anext(generation)
+        await deltas_of(generation)
         assert bench.committed[LAYOUT.cell("wholebatch:received_tokens_total", engine="0")] == 1
         generation.close()
 
@@ -226,7 +229,7 @@ async def test_a_client_that_goes_aborts_its_sequences_at_once_and_its_tokens_ar
         generation = await bench.submit(n=2)
         submits = await engine.receive_submits(2)
         await engine.send(output(submits[0], 0, [7]))
-        await anext(generation)
+        await deltas_of(generation)
         generation.close()
         generation.close()
         assert await engine.receive() == Abort([s.request_id for s in submits])
@@ -241,7 +244,7 @@ async def test_tokens_past_a_stop_string_are_settled_as_such_and_the_request_cou
         generation = await bench.submit()
         (submit,) = await engine.receive_submits(1)
         await engine.send(output(submit, 0, [1, 2, 3]))
-        await anext(generation)
+        await deltas_of(generation)
         await engine.send(output(submit, 3, [4]))
         await until(lambda: bench.tokens()["received"] == 4)
         generation.stop(0)
@@ -263,7 +266,7 @@ async def test_a_request_that_ends_at_a_stop_string_is_observed_like_any_other(b
         await engine.send(output(submit, 0, [1]), at=2.0)
         await engine.send(output(submit, 1, [2], start=START._replace(num_preemptions=2)), at=5.0)
         await until(lambda: bench.tokens().get("received") == 2)
-        await anext(generation)
+        await deltas_of(generation)
         generation.stop(0)
         generation.delivered(2)
         generation.finish()
@@ -285,10 +288,10 @@ async def test_a_hole_in_the_answer_ends_it_with_an_error_after_what_came_before
         generation = await bench.submit()
         (submit,) = await engine.receive_submits(1)
         await engine.send(output(submit, 0, [7]), output(submit, 2, [9]))
-        assert [d.token_ids for d in await anext(generation)] == [[7]]
+        assert [d.token_ids for d in await deltas_of(generation)] == [[7]]
         generation.delivered(1)
         with pytest.raises(EngineLost):
-            await anext(generation)
+            await deltas_of(generation)
         generation.close()
         assert await engine.receive() == Abort([submit.request_id])
         assert bench.tokens() == {"received": 2, "delivered": 1, "error": 1}
@@ -303,9 +306,9 @@ async def test_an_engine_that_ends_fails_its_requests_once_what_it_sent_is_deliv
         await until(lambda: bench.tokens().get("received") == 3)
     bench.table(1, "ended")
     assert [d.token_ids for d in await read(whole)] == [[1, 2]]
-    assert [d.token_ids for d in await anext(half)] == [[3]]
+    assert [d.token_ids for d in await deltas_of(half)] == [[3]]
     with pytest.raises(EngineLost):
-        await anext(half)
+        await deltas_of(half)
     whole.delivered(2)
     whole.finish()
     whole.close()

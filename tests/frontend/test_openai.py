@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -82,6 +84,22 @@ async def stream(clients: FakeClients, path: str, **body: Any) -> list[Any]:
 
 def texts(chunks: Sequence[Any], index: int = 0) -> list[str]:
     return [choice["text"] for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+
+
+def written(monkeypatch: pytest.MonkeyPatch, log: list[str] | None = None) -> list[bytes]:
+    """What goes to clients' sockets from now on, a write an item."""
+    writes: list[bytes] = []
+    write = _SelectorSocketTransport.write
+
+    def spy(self: _SelectorSocketTransport, data: bytes) -> None:
+        if b"HTTP/1.1\r\n" not in data:  # a request: the test's own client
+            writes.append(bytes(data))
+            if log is not None:
+                log.append("write")
+        write(self, data)
+
+    monkeypatch.setattr(_SelectorSocketTransport, "write", spy)
+    return writes
 
 
 # --- whole answers ---
@@ -244,20 +262,57 @@ async def test_streams_of_many_prompts_are_told_apart():
 
 
 async def test_what_arrives_together_is_written_together(monkeypatch: pytest.MonkeyPatch):
-    writes: list[bytes] = []
-    write = web.StreamResponse.write
-
-    async def spy(self: web.StreamResponse, data: bytes) -> None:
-        writes.append(data)
-        await write(self, data)
-
-    monkeypatch.setattr(web.StreamResponse, "write", spy)
+    writes = written(monkeypatch)
     script = [
         [FakeDelta(i, [ord("a"), ord("b")]) for i in range(3)],
+        [FakeDelta(i, [ord("c")]) for i in range(3)],
         [FakeDelta(i, [1], finish=STOP) for i in range(3)],
     ]
     await stream(FakeClients(script), COMPLETIONS, prompt="x", n=3)
-    assert [data.count(b"data: ") for data in writes] == [3, 4]
+    assert [data.count(b"data: ") for data in writes if b"data: " in data] == [3, 3, 4]
+
+
+async def ask_raw(http: HTTP, version: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A stream asked for by hand, and nothing read of it yet."""
+    body = json.dumps({"prompt": "x", "stream": True, "skip_special_tokens": False})
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that not much is between the two
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", http.port))
+    reader, writer = await asyncio.open_connection(sock=connection, limit=4096)
+    writer.write(f"POST {COMPLETIONS} HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    return reader, writer
+
+
+async def test_a_client_without_chunks_is_streamed_to():
+    async with serving(FakeClients(says("abc"))) as http:
+        reader, writer = await ask_raw(http, "1.0")
+        head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+        writer.close()
+    assert b"chunked" not in head
+    events = body.decode().split("\n\n")
+    assert [json.loads(event[6:])["choices"][0]["text"] for event in events[:-2]] == ["a", "b", "c"]
+    assert events[-2:] == ["data: [DONE]", ""]
+
+
+async def test_a_client_that_does_not_read_holds_its_own_answer_up_and_gets_all_of_it_later():
+    num, size = 250, 5_000
+    script = [[FakeDelta(0, [START] * size)] for _ in range(num)]
+    clients = FakeClients([*script, [FakeDelta(0, [ord("z")], finish=LENGTH)]])
+    async with serving(clients) as http:
+        reader, writer = await ask_raw(http, "1.1")
+        async with asyncio.timeout(20):
+            await asyncio.wait_for(clients.has_taken_all.wait(), 10)
+            left, before = num, 0
+            while left != before:  # until the sockets between have taken all that they take
+                await asyncio.sleep(0.1)
+                left, before = len(clients.asks[0].generation.script), left
+            assert left > num // 5
+            whole = bytearray()
+            while not whole.endswith(b"[DONE]\n\n\r\n0\r\n\r\n"):
+                whole += await reader.read(2**20)
+        writer.close()
+    assert whole.count(b"<start>" * size) == num
 
 
 # --- stop strings ---
@@ -314,7 +369,10 @@ def test_every_token_is_delivered_or_past_the_stop(wakeups: list[list[int]], sto
     async def run() -> list[Piece]:
         answer = Answer([generation], lambda: SequenceText(TOKENIZER.detokenizer(), StopStrings(stop)), n=1)
         pieces = []
-        async for ready in answer.pieces():
+        answer.listen(lambda: None)
+        while not answer.is_finished:
+            await asyncio.sleep(0)
+            ready = answer.take()
             answer.deliver(ready)
             pieces += ready
         assert answer.is_delivered
@@ -340,24 +398,15 @@ def test_every_token_is_delivered_or_past_the_stop(wakeups: list[list[int]], sto
 
 @pytest.mark.parametrize("streams", [False, True])
 async def test_tokens_are_counted_and_committed_before_they_are_written(streams: bool, monkeypatch: pytest.MonkeyPatch):
-    clients = FakeClients(says("ab"))
-
-    def spy(name: str) -> None:
-        original = getattr(web.StreamResponse, name)
-
-        async def noted(self: web.StreamResponse, *args: Any) -> Any:
-            clients.log.append("write")
-            return await original(self, *args)
-
-        monkeypatch.setattr(web.StreamResponse, name, noted)
-
-    spy("write" if streams else "prepare")
+    clients = FakeClients(says("abc"))
+    written(monkeypatch, clients.log)
     if streams:
         await stream(clients, COMPLETIONS, prompt="x")
-        assert clients.log == ["count", "commit", "write", "count", "finish", "commit", "write", "close"]
+        first, middle = ["count", "commit", "write", "write"], ["count", "commit", "write"]  # the head is a write
+        assert clients.log == [*first, *middle, "count", "finish", "commit", "write", "close"]
     else:
         await post(clients, COMPLETIONS, prompt="x")
-        assert clients.log == ["count", "finish", "commit", "close", "write"]
+        assert clients.log == ["commit", "commit", "count", "finish", "commit", "close", "write"]
 
 
 async def test_a_client_that_goes_away_ends_the_request():
@@ -404,7 +453,7 @@ async def test_an_engine_lost_before_the_first_word_is_an_honest_status(streams:
     clients = FakeClients([EngineLost("engine 0 ended")])
     answer = await post(clients, COMPLETIONS, 503, prompt="x", stream=streams)
     assert answer["error"]["message"] == "engine 0 ended"
-    assert clients.log == ["close", "commit"]
+    assert clients.log[-2:] == ["close", "commit"]
 
 
 async def test_an_engine_lost_in_a_stream_is_an_event_and_the_end():
@@ -412,7 +461,7 @@ async def test_an_engine_lost_in_a_stream_is_an_event_and_the_end():
     chunks = await stream(clients, COMPLETIONS, prompt="x")
     assert texts(chunks[:1]) == ["a"]
     assert [chunk["error"]["message"] for chunk in chunks[1:]] == ["engine 0 ended"]
-    assert clients.log == ["count", "commit", "close", "commit"]
+    assert clients.log == ["count", "commit", "commit", "close", "commit"]
 
 
 async def test_an_engine_that_gives_a_request_up_is_an_error_not_an_answer():

@@ -108,7 +108,7 @@ class Bench:
         output = Output(sequence, state.num_tokens, [SECRET] * tokens, None, finish, start)
         self.clock.now = made_at + delay_s
         inner.on_output(state, output, made_at + self.offset_s)
-        await anext(generation)
+        assert generation.take()
 
     def start(self, arrived_at: float, scheduled_at: float, cached: int = 0, preemptions: int = 0) -> Start:
         return Start(arrived_at + self.offset_s, scheduled_at + self.offset_s, cached, preemptions)
