@@ -7,8 +7,8 @@ Public: the OpenAI API, and what speaks of the whole deployment:
     /prometheus/targets                                 what to scrape in place of /metrics
     /health  /ping  /version  /load  /deployment
 
-Admin: what speaks of this process (`/metrics`: with the engines that it exports, `/metrics/own`: without), and the
-snapshots it may export, for the other API servers. Neither knows sockets; `frontend.server` binds them.
+Admin: what speaks of this process (`/metrics`: with the engines that it exports, `/metrics/own`: without).
+Neither knows sockets; `frontend.server` binds them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ from frontend.config import ServerConfig
 from frontend.deployment_view import DeploymentView
 from frontend.discovery import OWN_PATH, PROCESSES_PATH, targets
 from frontend.errors import EngineUnavailable, NotFound, Unauthorized, error_middleware
-from frontend.exporter import LEASE_HEADER, boottime
 from frontend.scrape_request import ScrapeRequest, scrape_request
 from frontend.serving import Serving
 from metrics.deployment import API_SERVER, Deployment
-from metrics.snapshot import encode
 
 MAX_BODY_BYTES: Final = 4 * 2**20
 CLIENT_GONE: Final = 499  # no answer was seen; counted as 4xx
@@ -99,7 +97,6 @@ def admin_app(state: State) -> web.Application:
     routes.add_to(app)
     app.router.add_get("/metrics", routes.admin_metrics)
     app.router.add_get(OWN_PATH, routes.own_metrics)
-    app.router.add_get("/internal/snapshot/{engine}", routes.snapshot)
     return app
 
 
@@ -186,18 +183,6 @@ class StatusRoutes:
     async def targets(self, request: web.Request) -> web.Response:
         """What Prometheus is to scrape in place of the public port's /metrics."""
         return web.json_response(targets(self._state.config, request.headers.get("Host", "")))
-
-    async def snapshot(self, request: web.Request) -> web.Response:
-        """The newest snapshot of an engine whose exporter this process is; 404 where it is not."""
-        exporter = self._state.ready().exporter
-        held = exporter.held(self._engine(request))
-        if held is not None:
-            body = encode(held.snapshot)
-            lease_s = held.expires_at - boottime()  # P2: the last look, just before it is written
-            if lease_s > 0:
-                headers = {LEASE_HEADER: repr(lease_s)}
-                return web.Response(body=body, content_type="application/msgpack", headers=headers)
-        raise NotFound("this process does not export that engine's series", code="not_the_exporter")
 
     def _engine(self, request: web.Request) -> int:
         text = request.match_info["engine"]

@@ -12,16 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-import aiohttp
 import zmq
 
 from frontend.bulkhead import Bulkhead
-from frontend.config import reachable
 from frontend.engine_client import Identity
+from frontend.held_snapshots import Held, HeldSnapshots, Questions
 from frontend.request_record import RequestRecord
 from frontend.sockets import Messages, SocketReader
 from metrics import broadcast
@@ -33,7 +32,6 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 0.1
 ASK_DEADLINE_S: Final = 0.25
-LEASE_HEADER: Final = "X-Wholebatch-Lease-Seconds"  # how much longer the answer may be passed on
 
 
 def boottime() -> float:
@@ -52,11 +50,14 @@ class Exportable:
 class EngineView:
     """What is known of one engine's broadcasts: the holder, when the last snapshot came, and who awaits the next."""
 
-    def __init__(self, holder: Holder) -> None:
+    def __init__(self, holder: Holder, now: float) -> None:
         self.holder = holder
-        self.heard_at = float("-inf")
+        self.heard_at = (
+            now  # as if: who has just started waits for the first snapshot before it calls the engine silent
+        )
         self.next_fetch: asyncio.Task[Exportable | None] | None = None
         self.fetching = asyncio.Lock()
+        self.question: asyncio.Future[Held | None] | None = None
         self._news = asyncio.Event()
 
     @property
@@ -65,10 +66,13 @@ class EngineView:
         return None if self.holder.snapshot is None else self.holder.snapshot.grant
 
     def on_snapshot(self, snapshot: Snapshot, now: float) -> bool:
-        """False when it is stale."""
+        """False when it is stale. A question is in vain once another than the one asked has the grant."""
+        grant = self.grant
         if not self.holder.on_snapshot(snapshot, now):
             return False
         self.heard_at = now
+        if self.question is not None and self.grant != grant and not self.question.done():
+            self.question.set_result(None)
         self._news.set()
         self._news = asyncio.Event()
         return True
@@ -96,7 +100,7 @@ class Exporter:
         layout: Layout,
         *,
         lease_s: float,
-        admin_addresses: Sequence[tuple[str, int]],
+        num_api_servers: int,
         on_load: Callable[[int, float], None],
         clock: Callable[[], float] = boottime,
     ) -> None:
@@ -108,15 +112,16 @@ class Exporter:
         self._clock = clock
         self._lease_s = lease_s
         self._on_load = on_load
-        self._urls = [f"http://{reachable(host)}:{port}" for host, port in admin_addresses]
+        self._num_api_servers = num_api_servers
         self._load_cells = [layout.cell(f"vllm:num_requests_{state}") for state in ("running", "waiting")]
-        self.engines = [EngineView(Holder(identity.index, identity.incarnation, lease_s)) for _ in engines]
+        self.engines = [EngineView(Holder(identity.index, identity.incarnation, lease_s), clock()) for _ in engines]
         endpoints = [broadcast.snapshot_endpoint(directory, engine) for engine in engines]
         subscriber = broadcast.make_subscriber(context, endpoints, [broadcast.TOPIC_TALLY])
         self._reader = SocketReader(subscriber, self._on_messages)
         heartbeat_endpoints = [broadcast.heartbeat_endpoint(directory, engine) for engine in engines]
         self._beats = [broadcast.connect_heartbeats(context, endpoint) for endpoint in heartbeat_endpoints]
-        self._session = aiohttp.ClientSession()
+        self._asked = HeldSnapshots(directory, identity.index, self._pass_on)
+        self._questions = Questions(directory)
         self._beating = asyncio.create_task(self._beat(min(HEARTBEAT_S, lease_s / 6)))
         self._has_logged_rejection = False
 
@@ -164,7 +169,8 @@ class Exporter:
         for view in self.engines:
             if view.next_fetch is not None:
                 view.next_fetch.cancel()
-        await self._session.close()
+        self._questions.close()
+        self._asked.close()
 
     # --- the election ---
 
@@ -212,7 +218,16 @@ class Exporter:
         except zmq.Again:
             return
 
-    # --- asking the exporter ---
+    # --- asking the exporter, and being asked ---
+
+    def _pass_on(self, engine: Any) -> Held | None:
+        """The newest snapshot of an engine whose exporter this process is, for another API server."""
+        held = self.held(engine) if isinstance(engine, int) and 0 <= engine < len(self.engines) else None
+        if held is None:
+            return None
+        raw = encode(held.snapshot)
+        lease_s = held.expires_at - self._clock()  # P2: the last look, just before it is written
+        return (lease_s, raw) if lease_s > 0 else None
 
     async def _fetch_next(self, engine: int) -> Exportable | None:
         """Who asks while one is under way shares the next one: an answer from before the question could be older than
@@ -238,36 +253,30 @@ class Exporter:
             if grant is not None and grant.names(self._identity.index, self._identity.incarnation):
                 await view.news()  # ours, but run out: the next snapshot may renew it
                 continue
-            changes = asyncio.ensure_future(view.changes(grant))
-            ask = asyncio.ensure_future(self._ask(engine, grant))
-            try:
-                await asyncio.wait({changes, ask}, return_when=asyncio.FIRST_COMPLETED)
-                if ask.done() and (answer := ask.result()) is not None:
-                    return answer
-                await changes
-            finally:
-                changes.cancel()
-                ask.cancel()
+            answer = await self._ask(engine, grant)
+            if answer is not None:
+                return answer
+            await view.changes(grant)
         return None
 
     async def _ask(self, engine: int, grant: Grant | None) -> Exportable | None:
         """None: nobody to ask, no answer, or one at an older term than what is known here."""
-        if grant is None or grant.api_server >= len(self._urls):
+        if grant is None or grant.api_server >= self._num_api_servers:
             return None
         asked_at = self._clock()  # the lease in the answer is counted from here: earlier than it was written
-        try:
-            async with self._session.get(f"{self._urls[grant.api_server]}/internal/snapshot/{engine}") as answer:
-                if answer.status != 200:
-                    return None
-                lease_s = float(answer.headers[LEASE_HEADER])
-                snapshot = self._check(decode_snapshot(await answer.read()))
-        except (aiohttp.ClientError, OSError):
+        view = self.engines[engine]
+        view.question = self._questions.ask(grant.api_server, engine)
+        found = await view.question
+        if found is None:
             return None
-        except (SnapshotError, KeyError, ValueError) as error:
+        lease_s, raw = found
+        try:
+            snapshot = self._check(decode_snapshot(raw))
+        except SnapshotError as error:
             log.error("event=snapshot_refused engine=%d api_server=%d error=%r", engine, grant.api_server, str(error))
             self._record.fault("snapshot")
             return None
-        newest = self.engines[engine].grant
+        newest = view.grant
         is_older = newest is not None and (snapshot.grant is None or snapshot.grant.term < newest.term)
         if is_older or snapshot.engine != engine:
             return None

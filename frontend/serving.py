@@ -87,7 +87,7 @@ class Serving:
             self._bulkhead,
             layouts[ENGINE],
             lease_s=config.lease_s,
-            admin_addresses=config.admin_addresses,
+            num_api_servers=config.num_api_servers,
             on_load=self.clients.on_load,
         )
         self.scrape = Scrape(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import urllib.error
-import urllib.request
+import socket
 from pathlib import Path
 
+import msgpack
+
+from frontend.held_snapshots import held_path
 from metrics.snapshot import Term, decode_snapshot
 from tests.e2e.faults import Faults, frozen
 from tests.e2e.harness import Served, served, wait_for
@@ -30,17 +32,20 @@ def exports(deployment: Served, url: str) -> bool:
     return any(name == WITNESS for name, _ in deployment.metrics(url + "/metrics"))
 
 
-def granted_term(url: str) -> Term | None:
+def granted_term(deployment: Served, index: int) -> Term | None:
     """The term at which that process hands out the engine's snapshot; None where it does not."""
-    try:
-        with urllib.request.urlopen(url + "/internal/snapshot/0", timeout=10) as answer:
-            grant = decode_snapshot(answer.read()).grant
-    except urllib.error.HTTPError as error:
-        if error.code != 404:
-            raise
-        return None
-    assert grant is not None
-    return grant.term
+    [directory] = [path for path in deployment.runtime_directory.iterdir() if path.is_dir()]
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(10)
+        asking.connect(held_path(str(directory), index))
+        asking.sendall(msgpack.packb([1, [0]]))
+        answer = msgpack.Unpacker()
+        while True:
+            answer.feed(asking.recv(65536))
+            for _, [held] in answer:
+                grant = None if held is None else decode_snapshot(held[1]).grant
+                assert held is None or grant is not None
+                return None if grant is None else grant.term
 
 
 def test_a_frozen_exporter_that_wakes_up_exports_nothing_that_another_holds(tiny_model: Path):
@@ -52,14 +57,14 @@ def test_a_frozen_exporter_that_wakes_up_exports_nothing_that_another_holds(tiny
         pid = faults.row("api-server", first)["pid"]
         assert exports(deployment, urls[first])
         with frozen(pid):
-            others = [url for index, url in enumerate(urls) if index != first]
-            term = wait_for(lambda: max((t for u in others if (t := granted_term(u))), default=None), "a grant")
+            others = [index for index in range(NUM_SERVERS) if index != first]
+            term = wait_for(lambda: max((t for i in others if (t := granted_term(deployment, i))), default=None), "one")
         for _ in range(NUM_LOOKS):
             # It may be granted the series again, later: then at a greater term, and the other has stopped.
-            handed_out = granted_term(urls[first])
+            handed_out = granted_term(deployment, first)
             assert handed_out is None or handed_out > term
             if exports(deployment, urls[first]):
-                again = granted_term(urls[first])
+                again = granted_term(deployment, first)
                 assert again is None or again > term
         assert wait_for(lambda: sum(exports(deployment, url) for url in urls) == 1, "one exporter")
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from frontend.exporter import Exportable, boottime
+from frontend.exporter import EngineView, Exportable, boottime
+from frontend.held_snapshots import Questions
 from frontend.scrape_request import scrape_request
 from metrics.deployment import API_SERVER
+from metrics.election import Holder
+from metrics.snapshot import decode_snapshot
 from tests.frontend.deployments import Deployed, Node, make_table, total, until
 
 PLAIN = scrape_request("", "", [])
@@ -114,6 +117,36 @@ async def test_a_lease_that_runs_out_while_the_answer_is_written_takes_its_serie
     assert total(samples, "wholebatch:exporter_up", engine="0") == 0
 
 
+async def test_who_has_just_started_waits_for_an_engines_first_snapshot(deploy: Any):
+    deployed = await deploy(2)
+    holder = await exporter(deployed)
+    (other,) = [node for node in deployed.nodes if node is not holder]
+    deployed.pause_beacons()
+    await asyncio.sleep(0.05)
+    other.serving.exporter.engines[0] = EngineView(Holder(deployed.nodes.index(other), 1, 0.6), boottime())
+    asking = asyncio.create_task(other.serving.exporter.series(0))
+    await asyncio.sleep(0.02)
+    assert not asking.done()
+    deployed.beacons[0].turn()
+    assert await asking is not None
+
+
+async def test_a_question_is_in_vain_once_another_has_the_grant(deploy: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("frontend.exporter.ASK_DEADLINE_S", 10.0)
+    deployed = await deploy(2)
+    holder = await exporter(deployed)
+    (other,) = [node for node in deployed.nodes if node is not holder]
+    await until(lambda: other.serving.exporter.engines[0].grant is not None)
+    unanswered = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr(other.serving.exporter._questions, "ask", lambda api_server, engine: unanswered)
+    asking = asyncio.create_task(other.serving.exporter.series(0))
+    await until(lambda: other.serving.exporter.engines[0].question is not None)
+    holder.serving.exporter.resign()
+    async with asyncio.timeout(5):
+        assert await asking is not None
+    assert other.is_exporter()
+
+
 async def test_an_answer_at_an_older_term_than_what_is_known_is_refused(deploy: Any):
     deployed = await deploy(2)
     holder = await exporter(deployed)
@@ -131,11 +164,17 @@ async def test_an_answer_at_an_older_term_than_what_is_known_is_refused(deploy: 
 async def test_the_snapshot_itself_is_given_by_its_exporter_only(deploy: Any):
     deployed = await deploy(2)
     holder = await exporter(deployed)
-    for node in deployed.nodes:
-        status, _ = await node.get("/internal/snapshot/0", of_admin=True)
-        assert status == (200 if node is holder else 404)
-        assert (await node.get("/internal/snapshot/0"))[0] == 404
-        assert (await node.get("/internal/snapshot/7", of_admin=True))[0] == 404
+    questions = Questions(deployed.directory)
+    for index, node in enumerate(deployed.nodes):
+        async with asyncio.timeout(10):
+            held, unknown = await asyncio.gather(questions.ask(index, 0), questions.ask(index, 7))
+        assert unknown is None
+        assert (held is not None) == (node is holder)
+        if held is not None:
+            lease_s, raw = held
+            assert 0 < lease_s <= 0.6
+            assert decode_snapshot(raw).engine == 0
+    questions.close()
 
 
 async def test_who_asks_at_the_same_time_shares_one_question(deploy: Any):
