@@ -57,11 +57,13 @@ class Recorder:
         "_durations",
         "_faults",
         "_finished",
-        "_gauges",
         "_histograms",
         "_histograms_of_some",
         "_iterations",
+        "_kv_usage",
         "_lost",
+        "_number_cells",
+        "_numbers",
         "_sent",
         "_stages",
         "_tally",
@@ -91,13 +93,14 @@ class Recorder:
             reason: [cell("wholebatch:lost_tokens_total", reason=reason, api_server=server) for server in servers]
             for reason in LOST_REASONS
         }
-        self._gauges = (
+        self._number_cells = (
             cell("vllm:num_requests_running"),
             cell("vllm:num_requests_waiting"),
             cell("vllm:num_requests_waiting_by_reason", reason="capacity"),
             cell("vllm:num_requests_waiting_by_reason", reason="deferred"),
-            cell("vllm:kv_cache_usage_perc"),
         )
+        self._numbers: tuple[int, ...] = ()  # that these gauges show
+        self._kv_usage = cell("vllm:kv_cache_usage_perc")
 
     # --- iterations ---
 
@@ -140,9 +143,12 @@ class Recorder:
         self._tally.inc(self._faults)
 
     def gauges(self, running: int, waiting_capacity: int, waiting_deferred: int, kv_usage: float) -> None:
-        values = (running, waiting_capacity + waiting_deferred, waiting_capacity, waiting_deferred, kv_usage)
-        for cell, value in zip(self._gauges, values, strict=True):
-            self._tally.set(cell, value)
+        numbers = (running, waiting_capacity + waiting_deferred, waiting_capacity, waiting_deferred)
+        if numbers != self._numbers:  # most iterations change none. Measured: 0.16 µs instead of 0.87
+            for cell, number in zip(self._number_cells, numbers, strict=True):
+                self._tally.set(cell, number)
+            self._numbers = numbers
+        self._tally.set(self._kv_usage, kv_usage)
 
     # --- sequences ---
 

@@ -79,6 +79,11 @@ def test_waiting_is_the_sum_of_its_reasons(engine):
     assert engine.value("vllm:num_requests_waiting") == 7
     assert engine.value("vllm:num_requests_waiting_by_reason", reason="capacity") == 3
     assert engine.value("vllm:kv_cache_usage_perc") == 0.5
+    engine.recorder.gauges(2, 3, 4, 0.25)
+    engine.recorder.gauges(1, 0, 4, 0.25)
+    assert engine.value("vllm:num_requests_running") == 1
+    assert engine.value("vllm:num_requests_waiting") == 4
+    assert engine.value("vllm:kv_cache_usage_perc") == 0.25
 
 
 def test_what_was_sent_and_not_received_is_lost_once_and_with_its_reason(engine):
