@@ -52,9 +52,7 @@ class EngineView:
 
     def __init__(self, holder: Holder, now: float) -> None:
         self.holder = holder
-        self.heard_at = (
-            now  # as if: who has just started waits for the first snapshot before it calls the engine silent
-        )
+        self.heard_at = now  # as if: who has just started does not call the engine silent
         self.next_fetch: asyncio.Task[Exportable | None] | None = None
         self.fetching = asyncio.Lock()
         self.question: asyncio.Future[Held | None] | None = None
