@@ -54,7 +54,7 @@ generate: install-test ## rewrite what is made from the code: the README's table
 bench: install-test model ## measure what the README claims
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-bench-check: install-test model ## measure ratios, and fail where one has got worse than its bound; about a minute
+bench-check: install-test model ## measure ratios, and fail where one has got worse than its bound; under two minutes
 	$(BIN)/python -m tests.benchmarks.bench_check
 
 soak: install-test ## kill, freeze and restart processes under load, then audit; longer: make soak ARGS='--faults 200'
