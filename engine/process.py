@@ -61,6 +61,7 @@ class CannotServeError(Exception):
 
 def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelRunner:
     """The model of the configuration; raises CannotServeError."""
+    num_threads = _num_threads(config.num_engines)  # NOTE: before torch, whose OpenMP may be told to bind to one core
     # Here, not above: what runs another runner has no need of torch and its seconds of importing.
     from engine.runner import TorchRunner
     from engine.weights.spec import ModelError
@@ -73,7 +74,7 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
             config.scheduler,
             max_model_len_fixed=None if facts is None else facts.max_model_len,
             num_blocks_fixed=None if facts is None else facts.num_gpu_blocks,
-            num_threads=_num_threads(config.num_engines),
+            num_threads=num_threads,
             progress=progress,
         )
     except ModelError as error:

@@ -403,6 +403,24 @@ def test_a_process_that_still_loads_reports_and_ends_with_its_supervisor(directo
     child.stdout.close()
 
 
+def test_threads_that_the_operator_binds_to_cores_are_as_many_as_the_cores(directory: str, tmp_path):
+    config = tmp_path / "config"
+    config.write_text(to_json(make_config(directory)))
+    program = (
+        "import contextlib, sys; from engine.process import *\n"
+        "config = engine_config_from_json(open(sys.argv[1]).read())\n"
+        "with contextlib.suppress(CannotServeError): load_runner(config, lambda line: None)\n"
+        "import torch; print(torch.get_num_threads())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    printed = subprocess.check_output(
+        [sys.executable, "-c", program, str(config)],
+        cwd=Path(__file__).parent.parent.parent,
+        env=environment | {"OMP_PROC_BIND": "true"},
+    )
+    assert int(printed) == len(os.sched_getaffinity(0))
+
+
 def test_a_missing_model_is_refused_by_the_real_loader(directory: str):
     code, reports = run_main(directory, load_runner)
     assert code == 2
