@@ -85,6 +85,8 @@ class EngineRecord:
         self._success = {r: cell("vllm:request_success_total", finished_reason=r) for r in FINISHED_REASONS}
         self._stale_snapshots = cell("wholebatch:stale_snapshots_total")
         self._histograms = {name: layout.histogram(f"vllm:{name}", engine=label) for name in _HISTOGRAMS}
+        self._gap_s = 0.0  # that the last tokens came after, and how many of them are not observed yet
+        self._num_gaps = 0
         self.num_in_flight = 0
         self.num_prefill_tokens = 0
 
@@ -127,8 +129,17 @@ class EngineRecord:
         self._exemplary("time_to_first_token_seconds", seconds, origin)
 
     def later_tokens(self, gap_s: float, num_tokens: int) -> None:
-        """Later tokens of a sequence came, each so long after the one before."""
-        self._observe(self._histograms["inter_token_latency_seconds"], gap_s, num_tokens)
+        """Later tokens of a sequence came, each so long after the one before; observed by `observe_gaps`."""
+        if gap_s != self._gap_s:
+            self.observe_gaps()
+            self._gap_s = gap_s
+        self._num_gaps += num_tokens
+
+    def observe_gaps(self) -> None:
+        """At the end of each message: its sequences mostly have the same gap, and then it is one observation."""
+        if self._num_gaps:
+            self._observe(self._histograms["inter_token_latency_seconds"], self._gap_s, self._num_gaps)
+            self._num_gaps = 0
 
     def stale_snapshot(self) -> None:
         """A snapshot was not newer than the one held."""

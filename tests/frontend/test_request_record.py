@@ -192,6 +192,7 @@ def live(record: RequestRecord, life: Life) -> None:
     engine.first_token(life.gaps[0] / 8)
     for gap in life.gaps[1:]:
         engine.later_tokens(gap / 8, 1)
+    engine.observe_gaps()
     engine.delivered(life.num_delivered)
     engine.undelivered(len(life.gaps) - life.num_delivered, "disconnect")
     engine.ended(life.reason)
@@ -199,6 +200,18 @@ def live(record: RequestRecord, life: Life) -> None:
         engine.gave_up(life.reason)
     else:
         engine.finished(finished(reason=life.reason, num_tokens=[len(life.gaps)], decode_s=sum(life.gaps[1:]) / 8))
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.125, 0.25, 3.0]), st.integers(1, 4))))
+def test_gaps_are_observed_each_as_often_as_it_came_however_they_follow_one_another(gaps: list[tuple[float, int]]):
+    record, tally = make()
+    histogram = LAYOUT.histogram("vllm:inter_token_latency_seconds", engine="0")
+    expected = Tally(LAYOUT)
+    for gap_s, num_tokens in gaps:
+        record.engines[0].later_tokens(gap_s, num_tokens)
+        expected.observe(histogram, gap_s, num_tokens)
+    record.engines[0].observe_gaps()
+    assert tally.cells == expected.cells
 
 
 @settings(max_examples=200)
