@@ -25,6 +25,7 @@ from engine.kernels.interface import FlatBatch, Kernels
 from engine.models.llama import FlatInput, LlamaModel
 from engine.sampler import Sampler
 from engine.weights.load import open_checkpoint
+from engine.weights.rotation import RotatedCheckpoint
 from engine.weights.spec import ModelError, ModelSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,7 +79,7 @@ class TorchRunner:
         progress(f"dtype {dtype}, quantization {model.quantization or 'none'}, on {device}".replace("torch.", ""))
         kernels = kernels_for(device)
         decoder = LlamaModel(
-            checkpoint,
+            RotatedCheckpoint(checkpoint) if model.quantization else checkpoint,
             kernels,
             dtype=dtype,
             device=device,

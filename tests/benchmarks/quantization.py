@@ -19,6 +19,7 @@ from engine.kernels import kernels_for
 from engine.kernels.interface import FlatBatch
 from engine.models.llama import FlatInput, LlamaModel
 from engine.weights.load import open_checkpoint
+from engine.weights.rotation import RotatedCheckpoint
 from frontend.tokenizer import load_tokenizer
 from tests.benchmarks.report import document, table
 
@@ -30,8 +31,9 @@ CPU = torch.device("cpu")
 
 
 def load(path: str, quantization: str | None) -> LlamaModel:
+    checkpoint = open_checkpoint(path)
     return LlamaModel(
-        open_checkpoint(path),
+        RotatedCheckpoint(checkpoint) if quantization else checkpoint,
         kernels_for(CPU),
         dtype=torch.float32,
         device=CPU,

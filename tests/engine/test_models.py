@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from engine.kernels import kernels_for
 from engine.kernels.interface import FlatBatch
 from engine.models.llama import FlatInput, LlamaModel
 from engine.weights.load import open_checkpoint
+from engine.weights.rotation import RotatedCheckpoint, cosine_basis
 from tests.greedy import Reference, random_prompts
 from tests.tiny_models import FAMILIES, write_tiny_llama
 
@@ -23,9 +25,12 @@ KERNELS = kernels_for(CPU)
 BLOCK_SIZE = 4
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32, quantization: str | None = None) -> LlamaModel:
+def load_model(
+    path: Path, dtype: torch.dtype = torch.float32, quantization: str | None = None, is_rotated: bool = False
+) -> LlamaModel:
+    checkpoint = open_checkpoint(str(path))
     return LlamaModel(
-        open_checkpoint(str(path)),
+        RotatedCheckpoint(checkpoint) if is_rotated else checkpoint,
         KERNELS,
         dtype=dtype,
         device=CPU,
@@ -83,11 +88,33 @@ def test_bfloat16_is_near_float32(tmp_path: Path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_rotated_model_is_the_same_model(tmp_path: Path, family: str):
+    """With norms whose weights are not all 1, as a trained model's are."""
+    directory = write_tiny_llama(tmp_path, family=family)
+    path = next(directory.glob("*.safetensors"))
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("norm.weight")]:
+        tensors[name] += torch.rand(tensors[name].shape, generator=generator)
+    save_file(tensors, path, metadata={"format": "pt"})
+    (prompt,) = random_prompts((50,), 512)
+    (exact,) = logits_of_prompts(load_model(directory), [prompt])
+    (rotated,) = logits_of_prompts(load_model(directory, is_rotated=True), [prompt])
+    torch.testing.assert_close(rotated, exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 64, 576])
+def test_the_cosine_basis_is_orthogonal(size: int):
+    basis = cosine_basis(size)
+    torch.testing.assert_close(basis @ basis.t(), torch.eye(size), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_int8_is_near_float32(tmp_path: Path, family: str):
     directory = write_tiny_llama(tmp_path, family=family)
     (prompt,) = random_prompts((50,), 512)
     (exact,) = logits_of_prompts(load_model(directory), [prompt])
-    (near,) = logits_of_prompts(load_model(directory, quantization="int8"), [prompt])
+    (near,) = logits_of_prompts(load_model(directory, quantization="int8", is_rotated=True), [prompt])
     assert torch.nn.functional.cosine_similarity(exact, near).min() > 0.98
 
 
