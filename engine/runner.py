@@ -24,12 +24,14 @@ from engine.kernels import kernels_for
 from engine.kernels.interface import FlatBatch, Kernels
 from engine.models.llama import FlatInput, LlamaModel
 from engine.sampler import Sampler
+from engine.sampling_params import SamplingParams
 from engine.weights.load import open_checkpoint
 from engine.weights.rotation import RotatedCheckpoint
 from engine.weights.spec import ModelError, ModelSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GIB = 2**30
+_WARM_UP_TOKENS = 256
 _GPU_CACHE_SHARE = 0.85  # of the GPU memory that is free once the weights are there; the rest is for activations
 
 
@@ -77,7 +79,7 @@ class TorchRunner:
         dtype = _dtype(model.dtype, spec, device)
         _check_quantization(model.quantization, dtype, device)
         progress(f"dtype {dtype}, quantization {model.quantization or 'none'}, on {device}".replace("torch.", ""))
-        kernels = kernels_for(device)
+        kernels = kernels_for(device, dtype)
         decoder = LlamaModel(
             RotatedCheckpoint(checkpoint) if model.quantization else checkpoint,
             kernels,
@@ -99,7 +101,9 @@ class TorchRunner:
             f"KV cache: {num_blocks} blocks of {cache.block_size} tokens, {num_blocks * block_bytes / _GIB:.2f} GiB"
         )
         sampler = Sampler(seed=model.seed, eos_token_ids=spec.eos_token_ids)
-        return cls(decoder, kernels, kv_caches, sampler, max_model_len=max_model_len)
+        runner = cls(decoder, kernels, kv_caches, sampler, max_model_len=max_model_len)
+        runner._warm_up()
+        return runner
 
     def run(self, batch: Batch) -> list[SampledToken]:
         """Compute the batch. One sampled token per sequence with `samples`, in the batch's order."""
@@ -109,6 +113,22 @@ class TorchRunner:
             self._model.forward(inputs, self._kv_caches)
             return []
         return self._sampler.sample(self._model.forward(inputs, self._kv_caches), sampled)
+
+    def _warm_up(self) -> None:
+        """Compile and load now what the first requests would wait for. It leaves traces in blocks that nobody owns."""
+        length = min(self.max_model_len, _WARM_UP_TOKENS)
+        blocks = list(range(-(-length // self.block_size)))
+        for start in (0, length - 1):  # a prefill, and a decode after it
+            part = ScheduledSequence(
+                sequence_id=0,
+                token_ids=[0] * length,
+                num_prompt_tokens=length,
+                start=start,
+                num_tokens=length - start,
+                block_table=blocks,
+                sampling=SamplingParams(max_tokens=1, temperature=0.0),
+            )
+            self.run(Batch([part]))
 
     def release(self, sequence_ids: Sequence[int]) -> None:
         """Nothing is kept per sequence."""

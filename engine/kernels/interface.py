@@ -6,6 +6,7 @@ All tensors are *flat*: the tokens of every scheduled sequence, one after anothe
     token rows:      0 1 2 3 | 4 | 5 6 7       lengths      = KV positions of each sequence, its new tokens included
                      chunk     dec. chunk      a sequence's new tokens are its last positions
 
+`qkv` is (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim): queries, keys, values of each token, contiguous.
 The KV cache of one layer is (num_blocks, block_size, 2, num_kv_heads, head_dim): K at index 0, V at 1, of one position
 side by side, because they are written together. A *slot* is block * block_size + offset.
 """
@@ -34,21 +35,21 @@ class Kernels(Protocol):
     def plan(self, batch: FlatBatch, block_size: int) -> Any:
         """Whatever `attention` wants to know of the batch; opaque to the caller."""
 
-    def store_kv(self, kv: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write `kv` (num_tokens, 2 * num_kv_heads * head_dim), K then V, to `slots` (num_tokens) of one layer."""
+    def store_kv(self, qkv: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write K and V of each token to `slots` (num_tokens) of one layer."""
 
-    def attention(self, q: torch.Tensor, kv: torch.Tensor, kv_cache: torch.Tensor, plan: Any) -> torch.Tensor:
-        """Causal attention of `q` (num_tokens, num_heads, head_dim) over each sequence's own positions; same shape.
+    def attention(self, qkv: torch.Tensor, num_heads: int, kv_cache: torch.Tensor, plan: Any) -> torch.Tensor:
+        """Causal attention of each token over its sequence's positions: (num_tokens, num_heads * head_dim).
 
-        The new tokens' `kv`, as given to `store_kv`, are in the cache already.
+        The new tokens' K and V are in the cache already.
         """
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Over the last dimension, computed in float32."""
 
-    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn `x` (num_tokens, num_heads, head_dim) by halves; `cos`, `sin` (num_tokens, 1, head_dim) are float32, and
-        the first half of `sin` is negated."""
+    def rotary(self, qkv: torch.Tensor, num_heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Turn the first `num_heads` heads of each token by halves, in place. `cos` and `sin` are float32 (num_tokens,
+        head_dim), the first half of `sin` negated."""
 
     def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up for `x` (num_tokens, 2 * n), gate first."""

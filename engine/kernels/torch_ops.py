@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,9 @@ class _DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class Chunk:
+    """A part of one sequence, of several tokens."""
+
     start: int  # token rows [start, end)
     end: int
     blocks: torch.Tensor | None  # None: the sequence begins here
@@ -40,7 +43,7 @@ class TorchPlan:
     """How one batch is attended."""
 
     groups: list[_DecodeGroup]
-    chunks: list[_Chunk]
+    chunks: list[Chunk]
 
 
 class TorchKernels:
@@ -86,32 +89,42 @@ class TorchKernels:
         rows = None if is_whole else self._indices([batch.query_starts[index] for _, index in members])
         return _DecodeGroup(rows, self._indices(blocks.ravel()), mask)
 
-    def _plan_chunk(self, start: int, end: int, length: int, block_table: Sequence[int], block_size: int) -> _Chunk:
+    def _plan_chunk(self, start: int, end: int, length: int, block_table: Sequence[int], block_size: int) -> Chunk:
         if end - start == length:
-            return _Chunk(start, end, None, None, length)
+            return Chunk(start, end, None, None, length)
         blocks = self._indices(block_table[: -(-length // block_size)])
         # Row i of the chunk is position length - (end - start) + i, and sees every position up to itself.
         mask = torch.ones(end - start, length, dtype=torch.bool, device=self._device)
-        return _Chunk(start, end, blocks, mask.tril(length - (end - start)), length)
+        return Chunk(start, end, blocks, mask.tril(length - (end - start)), length)
 
     def _indices(self, values: Sequence[int] | np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, np.int64)).to(self._device)
 
     # --- attention ---
 
-    def store_kv(self, kv: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
-        kv_cache.view(-1, kv.shape[1]).index_copy_(0, slots, kv)
+    def store_kv(self, qkv: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        rows = kv_cache.view(len(kv_cache) * kv_cache.shape[1], -1)
+        rows.index_copy_(0, slots, qkv[:, -rows.shape[1] :])
 
-    def attention(self, q: torch.Tensor, kv: torch.Tensor, kv_cache: torch.Tensor, plan: TorchPlan) -> torch.Tensor:
+    def attention(self, qkv: torch.Tensor, num_heads: int, kv_cache: torch.Tensor, plan: Any) -> torch.Tensor:
+        out = qkv.new_empty(len(qkv), num_heads * kv_cache.shape[4])
+        q = qkv[:, : out.shape[1]].view(len(qkv), num_heads, -1)
         if len(plan.groups) == 1 and plan.groups[0].rows is None:
             return _attend_group(q, kv_cache, plan.groups[0])
-        out = torch.empty_like(q)
         for group in plan.groups:
             assert group.rows is not None, "a group of some rows names them"
             out.index_copy_(0, group.rows, _attend_group(q.index_select(0, group.rows), kv_cache, group))
-        for chunk in plan.chunks:
-            out[chunk.start : chunk.end] = _attend_chunk(q, kv, kv_cache, chunk)
+        self._attend_chunks(qkv, num_heads, kv_cache, plan.chunks, out)
         return out
+
+    def _attend_chunks(
+        self, qkv: torch.Tensor, num_heads: int, kv_cache: torch.Tensor, chunks: Sequence[Chunk], out: torch.Tensor
+    ) -> None:
+        """Into their rows of `out` (num_tokens, num_heads * head_dim)."""
+        for chunk in chunks:
+            rows = slice(chunk.start, chunk.end)
+            q = qkv[rows, : out.shape[1]].view(chunk.end - chunk.start, num_heads, -1)
+            out[rows].view(q.shape).copy_(_attend_chunk(q, qkv[rows, out.shape[1] :], kv_cache, chunk))
 
     # --- elementwise ---
 
@@ -120,10 +133,12 @@ class TorchKernels:
             return F.rms_norm(x, weight.shape, weight, eps)
         return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
 
-    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def rotary(self, qkv: torch.Tensor, num_heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        head_dim = cos.shape[1]
+        x = qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
         wide = x.float()
-        turned = wide * cos
-        return turned.addcmul_(wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+        turned = wide * cos.unsqueeze(1)
+        x.copy_(turned.addcmul_(wide.roll(head_dim // 2, -1), sin.unsqueeze(1)))
 
     def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, -1)
@@ -153,18 +168,18 @@ def _attend_group(q: torch.Tensor, kv_cache: torch.Tensor, group: _DecodeGroup) 
     grouped = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = None if group.mask is None else group.mask.to(q.dtype)
     out = F.scaled_dot_product_attention(grouped, kv[0], kv[1], attn_mask=mask)
-    return out.reshape(num_rows, num_heads, head_dim)
+    return out.reshape(num_rows, num_heads * head_dim)
 
 
-def _attend_chunk(q: torch.Tensor, kv: torch.Tensor, kv_cache: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
+def _attend_chunk(q: torch.Tensor, kv: torch.Tensor, kv_cache: torch.Tensor, chunk: Chunk) -> torch.Tensor:
     """Many queries of one sequence: (rows, num_heads, head_dim)."""
     num_kv_heads, head_dim = kv_cache.shape[3:]
     if chunk.blocks is None:
-        keys_values = kv[chunk.start : chunk.end].view(-1, 2, num_kv_heads, head_dim)
+        keys_values = kv.view(len(kv), 2, num_kv_heads, head_dim)
     else:
         keys_values = kv_cache.index_select(0, chunk.blocks).view(-1, 2, num_kv_heads, head_dim)[: chunk.length]
     keys_values = keys_values.permute(1, 2, 0, 3).unsqueeze(1)  # (2, 1, num_kv_heads, positions, head_dim)
-    queries = q[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0)
+    queries = q.transpose(0, 1).unsqueeze(0)
     out = F.scaled_dot_product_attention(
         queries,
         keys_values[0],

@@ -76,7 +76,7 @@ class LlamaModel:
     @torch.inference_mode()
     def forward(self, inputs: FlatInput, kv_caches: torch.Tensor) -> torch.Tensor:
         """Logits (sampled rows, vocab), float32. `kv_caches`: (num_layers, *one layer's KV cache*)."""
-        cos, sin = self._cos[inputs.positions].unsqueeze(1), self._sin[inputs.positions].unsqueeze(1)
+        cos, sin = self._cos[inputs.positions], self._sin[inputs.positions]
         hidden = self._embeddings[inputs.token_ids]
         for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
             hidden = hidden + self._attend(hidden, layer, kv_cache, cos, sin, inputs)
@@ -100,15 +100,14 @@ class LlamaModel:
         normed = kernels.rms_norm(hidden, layer.input_norm, spec.rms_norm_eps)
         qkv = layer.qkv(normed)
         num_qk = spec.num_heads + spec.num_kv_heads
-        qk = qkv[:, : num_qk * spec.head_dim].view(-1, num_qk, spec.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
-            qk[:, : spec.num_heads] = kernels.rms_norm(qk[:, : spec.num_heads], layer.q_norm, spec.rms_norm_eps)
-            qk[:, spec.num_heads :] = kernels.rms_norm(qk[:, spec.num_heads :], layer.k_norm, spec.rms_norm_eps)
-        qk.copy_(kernels.rotary(qk, cos, sin))
-        kv = qkv[:, spec.num_heads * spec.head_dim :]
-        kernels.store_kv(kv, kv_cache, inputs.slots)
-        attended = kernels.attention(qk[:, : spec.num_heads], kv, kv_cache, inputs.plan)
-        return layer.output(attended.reshape(len(qkv), -1))
+            qk = qkv[:, : num_qk * spec.head_dim].view(len(qkv), num_qk, spec.head_dim)
+            q, k = qk[:, : spec.num_heads].contiguous(), qk[:, spec.num_heads :].contiguous()
+            qk[:, : spec.num_heads] = kernels.rms_norm(q, layer.q_norm, spec.rms_norm_eps)
+            qk[:, spec.num_heads :] = kernels.rms_norm(k, layer.k_norm, spec.rms_norm_eps)
+        kernels.rotary(qkv, num_qk, cos, sin)
+        kernels.store_kv(qkv, kv_cache, inputs.slots)
+        return layer.output(kernels.attention(qkv, spec.num_heads, kv_cache, inputs.plan))
 
 
 class _WeightReader:

@@ -34,7 +34,7 @@ def load(path: str, quantization: str | None) -> LlamaModel:
     checkpoint = open_checkpoint(path)
     return LlamaModel(
         RotatedCheckpoint(checkpoint) if quantization else checkpoint,
-        kernels_for(CPU),
+        kernels_for(CPU, torch.float32),
         dtype=torch.float32,
         device=CPU,
         max_model_len=WINDOW,
@@ -53,7 +53,7 @@ def logits_of(model: LlamaModel, tokens: list[int]) -> torch.Tensor:
         positions=torch.arange(length),
         slots=torch.arange(length),
         sampled_rows=None,
-        plan=kernels_for(CPU).plan(batch, BLOCK_SIZE),
+        plan=kernels_for(CPU, torch.float32).plan(batch, BLOCK_SIZE),
     )
     caches = torch.zeros(spec.num_layers, len(blocks), BLOCK_SIZE, 2, spec.num_kv_heads, spec.head_dim)
     return model.forward(inputs, caches)

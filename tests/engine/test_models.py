@@ -1,4 +1,4 @@
-"""The decoder against transformers' logits, and the PyTorch kernels against their definitions."""
+"""The decoder against transformers' logits, and the kernels against their definitions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.kernels import kernels_for
-from engine.kernels.interface import FlatBatch
+from engine.kernels.interface import FlatBatch, Kernels
+from engine.kernels.numba_ops import NumbaKernels
+from engine.kernels.torch_ops import TorchKernels
 from engine.models.llama import FlatInput, LlamaModel
 from engine.weights.load import open_checkpoint
 from engine.weights.rotation import RotatedCheckpoint, cosine_basis
@@ -21,7 +23,8 @@ from tests.greedy import Reference, random_prompts
 from tests.tiny_models import FAMILIES, write_tiny_llama
 
 CPU = torch.device("cpu")
-KERNELS = kernels_for(CPU)
+TORCH, NUMBA = TorchKernels(CPU), NumbaKernels()
+with_kernels = pytest.mark.parametrize("kernels", [TORCH, NUMBA], ids=["torch", "numba"])
 BLOCK_SIZE = 4
 
 
@@ -31,7 +34,7 @@ def load_model(
     checkpoint = open_checkpoint(str(path))
     return LlamaModel(
         RotatedCheckpoint(checkpoint) if is_rotated else checkpoint,
-        KERNELS,
+        kernels_for(CPU, dtype),
         dtype=dtype,
         device=CPU,
         max_model_len=512,
@@ -52,12 +55,13 @@ def logits_of_prompts(model: LlamaModel, prompts: list[list[int]]) -> list[torch
     lengths = [len(prompt) for prompt in prompts]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     caches = torch.zeros(spec.num_layers, 200, BLOCK_SIZE, 2, spec.num_kv_heads, spec.head_dim, dtype=model.dtype)
+    batch = FlatBatch(query_starts=starts, lengths=lengths, block_tables=tables)
     inputs = FlatInput(
         token_ids=torch.tensor([token for prompt in prompts for token in prompt]),
         positions=torch.tensor([position for length in lengths for position in range(length)]),
         slots=torch.tensor(slots),
         sampled_rows=None,
-        plan=KERNELS.plan(FlatBatch(query_starts=starts, lengths=lengths, block_tables=tables), BLOCK_SIZE),
+        plan=kernels_for(CPU, model.dtype).plan(batch, BLOCK_SIZE),
     )
     return list(model.forward(inputs, caches).split(lengths))
 
@@ -144,76 +148,102 @@ def naive_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
     return out
 
 
-def check_attention(parts: list[Part], num_kv_heads: int, seed: int) -> None:
+def check_attention(kernels: Kernels, parts: list[Part], num_kv_heads: int, seed: int) -> None:
     """Whatever else the cache holds, and wherever a sequence's blocks lie."""
     num_heads, head_dim = 4, 8
     generator = torch.Generator().manual_seed(seed)
     num_blocks = sum(-(-(p.start + p.num_tokens) // BLOCK_SIZE) for p in parts) + 3
     cache = torch.randn(num_blocks, BLOCK_SIZE, 2, num_kv_heads, head_dim, generator=generator) * 10
     free = torch.randperm(num_blocks, generator=generator).tolist()
-    q = torch.randn(sum(p.num_tokens for p in parts), num_heads, head_dim, generator=generator)
-    starts, lengths, tables, new_kv, slots, expected = [0], [], [], [], [], []
+    starts, lengths, tables, new, slots, expected = [0], [], [], [], [], []
     for part in parts:
         length = part.start + part.num_tokens
         table = [free.pop() for _ in range(-(-length // BLOCK_SIZE))]
-        kv = torch.randn(length, 2, num_kv_heads, head_dim, generator=generator)
+        qkv = torch.randn(length, num_heads + 2 * num_kv_heads, head_dim, generator=generator) * 3
         places = torch.tensor([table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(length)])
-        KERNELS.store_kv(kv[: part.start].flatten(1), cache, places[: part.start])
-        expected.append(naive_attention(q[starts[-1] :][: part.num_tokens], kv[:, 0], kv[:, 1], part.start))
-        new_kv.append(kv[part.start :].flatten(1))
+        kernels.store_kv(qkv[: part.start].flatten(1), cache, places[: part.start])
+        q, keys, values = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
+        expected.append(naive_attention(q[part.start :], keys, values, part.start).flatten(1))
+        new.append(qkv[part.start :].flatten(1))
         slots.append(places[part.start :])
         starts.append(starts[-1] + part.num_tokens)
         lengths.append(length)
         tables.append(table)
-    kv = torch.cat(new_kv)
-    KERNELS.store_kv(kv, cache, torch.cat(slots))
-    plan = KERNELS.plan(FlatBatch(query_starts=starts, lengths=lengths, block_tables=tables), BLOCK_SIZE)
-    torch.testing.assert_close(KERNELS.attention(q, kv, cache, plan), torch.cat(expected), rtol=1e-4, atol=1e-4)
+    qkv = torch.cat(new)
+    kernels.store_kv(qkv, cache, torch.cat(slots))
+    plan = kernels.plan(FlatBatch(query_starts=starts, lengths=lengths, block_tables=tables), BLOCK_SIZE)
+    attended = kernels.attention(qkv, num_heads, cache, plan)
+    torch.testing.assert_close(attended, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
+@with_kernels
 @settings(max_examples=60)
 @given(parts=parts, num_kv_heads=st.sampled_from((1, 2, 4)), seed=st.integers(0, 1000))
-def test_paged_attention_is_attention(parts: list[Part], num_kv_heads: int, seed: int):
-    check_attention(parts, num_kv_heads, seed)
+def test_paged_attention_is_attention(kernels: Kernels, parts: list[Part], num_kv_heads: int, seed: int):
+    check_attention(kernels, parts, num_kv_heads, seed)
 
 
+@with_kernels
 @pytest.mark.parametrize("starts", [(9, 10, 11), (3, 7, 11), (40, 3, 41, 2), (5, 90, 6, 88, 7, 30)])
-def test_a_batch_of_decodes_keeps_its_order(starts: tuple[int, ...]):
+def test_a_batch_of_decodes_keeps_its_order(kernels: Kernels, starts: tuple[int, ...]):
     """One group of similar lengths, full blocks among them, and several groups."""
-    check_attention([Part(start, 1) for start in starts], 2, 0)
+    check_attention(kernels, [Part(start, 1) for start in starts], 2, 0)
 
 
-def test_storing_writes_its_slots_and_no_others():
+@with_kernels
+def test_many_positions_are_attended_by_several_threads_as_by_one(kernels: Kernels):
+    check_attention(kernels, [Part(start, 1) for start in range(40, 120)], 2, 0)
+
+
+@with_kernels
+def test_storing_writes_its_slots_and_no_others(kernels: Kernels):
     cache = torch.zeros(3, BLOCK_SIZE, 2, 1, 2)
-    kv = torch.arange(8.0).view(2, 4) + 1
-    KERNELS.store_kv(kv, cache, torch.tensor([5, 11]))
+    qkv = torch.arange(12.0).view(2, 6) + 1  # one query head, one of keys, one of values
+    kernels.store_kv(qkv, cache, torch.tensor([5, 11]))
     rows = cache.view(12, 4)
-    assert torch.equal(rows[[5, 11]], kv)
+    assert torch.equal(rows[[5, 11]], qkv[:, 2:])
     assert rows.count_nonzero() == 8
 
 
-# --- elementwise ---
+# --- elementwise: few rows, and as many as are shared out among threads ---
+
+sizes = pytest.mark.parametrize("num_rows", [1, 5, 5000])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_is_its_definition(dtype: torch.dtype):
-    x, weight = torch.randn(5, 16).to(dtype), torch.randn(16).to(dtype)
+def check_rms_norm(kernels: Kernels, num_rows: int, dtype: torch.dtype, tolerance: float) -> None:
+    x, weight = torch.randn(num_rows, 16).to(dtype), torch.randn(16).to(dtype)
     wide = x.double()
     expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(KERNELS.rms_norm(x, weight, 1e-5).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5).double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_rotary_turns_each_pair_of_halves_by_its_angle():
-    angles = torch.tensor([0.3, 2.0])
-    x = torch.randn(1, 3, 4)
-    cos = torch.cat((angles.cos(), angles.cos())).view(1, 1, 4)
-    sin = torch.cat((-angles.sin(), angles.sin())).view(1, 1, 4)
-    turned = torch.view_as_complex(torch.stack((x[..., :2], x[..., 2:]), -1)) * torch.polar(torch.ones(2), angles)
-    torch.testing.assert_close(KERNELS.rotary(x, cos, sin), torch.cat((turned.real, turned.imag), -1))
+@sizes
+@with_kernels
+def test_rms_norm_is_its_definition(kernels: Kernels, num_rows: int):
+    check_rms_norm(kernels, num_rows, torch.float32, 1e-5)
 
 
-def test_silu_and_mul_gates_the_second_half_by_the_first():
-    gate, up = torch.randn(3, 8), torch.randn(3, 8)
+def test_rms_norm_of_bfloat16_is_its_definition():
+    check_rms_norm(TORCH, 5, torch.bfloat16, 2e-2)
+
+
+@sizes
+@with_kernels
+def test_rotary_turns_each_pair_of_halves_by_its_angle_and_nothing_else(kernels: Kernels, num_rows: int):
+    angles = torch.rand(num_rows, 2) * 6
+    qkv = torch.randn(num_rows, 5 * 4)
+    x = qkv.clone().view(num_rows, 5, 4)
+    cos, sin = torch.cat((angles.cos(), angles.cos()), 1), torch.cat((-angles.sin(), angles.sin()), 1)
+    pairs = torch.view_as_complex(torch.stack((x[:, :3, :2], x[:, :3, 2:]), -1))
+    turned = pairs * torch.polar(torch.ones(num_rows, 1, 2), angles.unsqueeze(1))
+    kernels.rotary(qkv, 3, cos, sin)
+    expected = torch.cat((torch.cat((turned.real, turned.imag), -1), x[:, 3:]), 1)
+    torch.testing.assert_close(qkv.view(num_rows, 5, 4), expected)
+
+
+@sizes
+@with_kernels
+def test_silu_and_mul_gates_the_second_half_by_the_first(kernels: Kernels, num_rows: int):
+    gate, up = torch.randn(num_rows, 8) * 20, torch.randn(num_rows, 8)
     expected = gate / (1 + (-gate).exp()) * up
-    torch.testing.assert_close(KERNELS.silu_and_mul(torch.cat((gate, up), -1)), expected)
+    torch.testing.assert_close(kernels.silu_and_mul(torch.cat((gate, up), -1)), expected)
