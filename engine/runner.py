@@ -116,16 +116,15 @@ class TorchRunner:
 
     def _warm_up(self) -> None:
         """Compile and load now what the first requests would wait for. It leaves traces in blocks that nobody owns."""
-        length = min(self.max_model_len, _WARM_UP_TOKENS)
-        blocks = list(range(-(-length // self.block_size)))
-        for start in (0, length - 1):  # a prefill, and a decode after it
+        longest = min(self.max_model_len, _WARM_UP_TOKENS)
+        for start, length in ((0, longest), (longest - 1, longest), (1, 2)):  # a prefill, a long and a short decode
             part = ScheduledSequence(
                 sequence_id=0,
                 token_ids=[0] * length,
                 num_prompt_tokens=length,
                 start=start,
                 num_tokens=length - start,
-                block_table=blocks,
+                block_table=list(range(-(-length // self.block_size))),
                 sampling=SamplingParams(max_tokens=1, temperature=0.0),
             )
             self.run(Batch([part]))

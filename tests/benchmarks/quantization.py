@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.quantization [--model PATH] [--num-tokens 4096]
 
-The text is this project's README and the engine's, in windows of 512 tokens. Each position is told the true tokens
-before it; *agreement* is the share of positions where both find the same token most probable.
+The text is always the same, an early README of this project, in windows of 512 tokens. Each position is told the true
+tokens before it; *agreement* is the share of positions where both find the same token most probable.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from engine.weights.rotation import RotatedCheckpoint
 from frontend.tokenizer import load_tokenizer
 from tests.benchmarks.report import document, table
 
-ROOT = Path(__file__).parent.parent.parent
-TEXTS = ("README.md", "engine/README.md")
+TEXT = Path(__file__).parent.parent / "data" / "prose.md"
 WINDOW = 512
 BLOCK_SIZE = 16
 CPU = torch.device("cpu")
@@ -65,8 +64,7 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=4096)
     args = parser.parse_args()
     path = args.model or str(default_model.fetch())
-    text = "\n".join((ROOT / name).read_text() for name in TEXTS)
-    tokens = load_tokenizer(path).encode(text, add_special_tokens=False)[: args.num_tokens]
+    tokens = load_tokenizer(path).encode(TEXT.read_text(), add_special_tokens=False)[: args.num_tokens]
     windows = [tokens[i : i + WINDOW] for i in range(0, len(tokens), WINDOW)]
     models = {"float32": load(path, None), "int8": load(path, "int8")}
     losses = dict.fromkeys(models, 0.0)
