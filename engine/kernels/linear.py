@@ -12,12 +12,13 @@ import functools
 import warnings
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
+from engine.kernels import panels
 from engine.kernels.numba_ops import quantize_rows
 
-_PACKED_FOR_ROWS = 128  # Measured: 60 products of 8 and of 512 rows, packed for 8: 25 and 506 ms, for 128: 25 and 341
 _WEIGHT_LEVELS = 127
 _SMALLEST = 1e-30  # in place of 0, to divide by
 
@@ -33,8 +34,8 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, quantization: s
     """The fastest way on the weight's device. `weight`: (outputs, inputs)."""
     if quantization == "int8":
         return OneDNNInt8Linear(weight, bias) if has_int8_products() else FBGEMMInt8Linear(weight, bias)
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C.has_mkl:
-        return PackedLinear(weight, bias)
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        return PanelLinear(weight, bias)
     return DenseLinear(weight, bias)
 
 
@@ -49,22 +50,21 @@ class DenseLinear:
         return F.linear(x, self._weight, self._bias)
 
 
-class PackedLinear:
-    """Float32 in the blocks that MKL multiplies, which otherwise rearranges the matrix for every product.
-
-    Measured: all layers of SmolLM2-135M, 2 cores, dense and packed: 17 and 16 ms at 1 row, 38 and 25 at 8, 47 and 38 at
-    32, 97 and 80 at 128, 349 and 341 at 512.
-    """
+class PanelLinear:
+    """Float32 in panels (`engine.kernels.panels`)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, _PACKED_FOR_ROWS)
-        self._shape = weight.new_empty(1).expand(weight.shape)  # takes no memory: only its sizes are read
-        self._bias = bias
+        self._num_outputs = len(weight)
+        self._size = weight.numel()
+        self._panels = panels.pack(weight.numpy())
+        self._bias = np.zeros(len(self._panels) * panels.WIDTH, np.float32)
+        if bias is not None:
+            self._bias[: self._num_outputs] = bias.numpy()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        # NOTE: another number than the rows' would mean the product with `_shape`.
-        product: torch.Tensor = torch.ops.mkl._mkl_linear(x, self._packed, self._shape, self._bias, len(x))
-        return product
+        out = x.new_empty(len(x), self._num_outputs)
+        panels.multiply(self._size)(x.numpy(), self._panels, self._bias, out.numpy())
+        return out
 
 
 class OneDNNInt8Linear:

@@ -3,15 +3,11 @@
 What PyTorch has for this is a chain of small operations, of which each costs a decoding step more than its arithmetic,
 and attention over keys and values that were gathered first. Prefill chunks are attended by PyTorch. Measured, decoding
 1, 8, 32, 128 sequences of SmolLM2-135M on 2 cores, theirs and these: 29, 47, 86, 228 and 26, 40, 70, 175 ms.
-
-Each kernel exists twice, for one thread and for several: few rows are done before other threads have woken. Compiled
-code is kept on disk, where numba finds a place for it, and compiled at each start where not.
 """
 
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +16,9 @@ import numba
 import numpy as np
 import torch
 
+from engine.kernels.compiled import MAX_THREADS, Kernel, for_any_size
 from engine.kernels.interface import FlatBatch
 from engine.kernels.torch_ops import Chunk, TorchKernels
-
-Kernel = Callable[..., None]
-
-_MAX_THREADS = numba.get_num_threads()  # cores, or what NUMBA_NUM_THREADS says
-_MANY = 64 * 1024  # numbers to go through, from which on several threads are faster
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN_2_HIGH = np.float32(0.693359375)
@@ -49,7 +41,7 @@ class NumbaKernels(TorchKernels):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        numba.set_num_threads(min(torch.get_num_threads(), _MAX_THREADS))
+        numba.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
 
     def plan(self, batch: FlatBatch, block_size: int) -> Any:
         starts, lengths, tables = batch.query_starts, batch.lengths, batch.block_tables
@@ -106,26 +98,6 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return numbers, peaks
 
 
-def _compile(kernel: Kernel, **options: Any) -> Kernel:
-    """With sums in whatever order is fastest, as for PyTorch's own."""
-    options |= {"nogil": True, "fastmath": True, "error_model": "numpy"}
-    try:
-        compiled: Kernel = numba.njit(cache=True, **options)(kernel)
-    except RuntimeError:  # no folder that it may write to
-        compiled = numba.njit(**options)(kernel)
-    return compiled
-
-
-def _for_any_size(kernel: Kernel) -> Callable[[int], Kernel]:
-    """By how many numbers there are to go through: the kernel for one thread or for several."""
-    alone = _compile(kernel)
-    # NOTE: under a name of its own, for the cache on disk tells functions apart by name, not by these options.
-    renamed = types.FunctionType(kernel.__code__, kernel.__globals__, kernel.__name__, None, kernel.__closure__)
-    renamed.__qualname__ = f"{kernel.__qualname__}_together"
-    together = _compile(renamed, parallel=True)
-    return lambda size: together if size >= _MANY else alone
-
-
 @numba.njit(inline="always", fastmath=True)
 def _exp(x: np.float32) -> np.float32:
     """For x <= 0, within 2 units in the last place; the compiler makes it a vector's, which a library's is not."""
@@ -149,7 +121,7 @@ def _attend_decodes(num_kv_heads: int, group: int, head_dim: int, block_size: in
     num_heads, width = num_kv_heads * group, num_kv_heads * group * head_dim
     scale = np.float32(1 / np.sqrt(head_dim))
 
-    def kernel(qkv, kv_cache, rows, lengths, block_tables, out):  # type: ignore[no-untyped-def]
+    def kernel(qkv, kv_cache, rows, lengths, block_tables, out):
         """Block by block, so that the cache is read once and in order: what has been summed fades when a greater
         score turns up."""
         for index in numba.prange(len(rows)):
@@ -195,11 +167,11 @@ def _attend_decodes(num_kv_heads: int, group: int, head_dim: int, block_size: in
                 for i in range(head_dim):
                     out[row, head * head_dim + i] = attended[head * head_dim + i] * factor
 
-    return _for_any_size(kernel)
+    return for_any_size(kernel)
 
 
-@_for_any_size
-def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
+@for_any_size
+def _rms_norm(x, weight, eps, out):
     width = x.shape[1]
     for row in numba.prange(len(x)):
         squares = np.float32(0)
@@ -210,8 +182,8 @@ def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
             out[row, i] = x[row, i] * factor * weight[i]
 
 
-@_for_any_size
-def _rotary(qkv, num_heads, cos, sin):  # type: ignore[no-untyped-def]
+@for_any_size
+def _rotary(qkv, num_heads, cos, sin):
     head_dim = cos.shape[1]
     half = head_dim // 2
     for row in numba.prange(len(qkv)):
@@ -222,8 +194,8 @@ def _rotary(qkv, num_heads, cos, sin):  # type: ignore[no-untyped-def]
                 qkv[row, first + half + i] = two * cos[row, half + i] + one * sin[row, half + i]
 
 
-@_for_any_size
-def _silu_and_mul(x, out):  # type: ignore[no-untyped-def]
+@for_any_size
+def _silu_and_mul(x, out):
     width = out.shape[1]
     for row in numba.prange(len(x)):
         for i in range(width):
@@ -233,8 +205,8 @@ def _silu_and_mul(x, out):  # type: ignore[no-untyped-def]
             out[row, i] = numerator / (np.float32(1) + small) * x[row, width + i]
 
 
-@_for_any_size
-def _quantize_rows(x, numbers, peaks):  # type: ignore[no-untyped-def]
+@for_any_size
+def _quantize_rows(x, numbers, peaks):
     width = x.shape[1]
     for row in numba.prange(len(x)):
         peak = np.float32(0)

@@ -15,13 +15,12 @@ from engine.kernels.linear import (
     FBGEMMInt8Linear,
     Linear,
     OneDNNInt8Linear,
-    PackedLinear,
+    PanelLinear,
     has_int8_products,
     make_linear,
     quantize_weight,
 )
 
-needs_mkl = pytest.mark.skipif(not torch._C.has_mkl, reason="PyTorch without MKL")
 needs_int8_products = pytest.mark.skipif(not has_int8_products(), reason="a processor without sums of int8 products")
 needs_fbgemm = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no fbgemm")
 
@@ -46,7 +45,7 @@ def draw(
     return x, weight, torch.randn(num_outputs, generator=generator) if has_bias else None
 
 
-@pytest.mark.parametrize("make", [DenseLinear, pytest.param(PackedLinear, marks=needs_mkl)])
+@pytest.mark.parametrize("make", [DenseLinear, PanelLinear])
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 1000), has_bias=st.booleans())
 def test_float32_is_the_product(make: Make, shape: tuple[int, int, int], seed: int, has_bias: bool):
@@ -96,7 +95,6 @@ def test_each_output_has_its_own_scale():
     torch.testing.assert_close(scales[:2], torch.tensor([1.0, 0.01]))
 
 
-@needs_mkl
-def test_float32_on_a_cpu_is_packed_and_other_types_are_not():
-    assert isinstance(make_linear(torch.randn(4, 4), None, None), PackedLinear)
+def test_float32_on_a_cpu_lies_in_panels_and_other_types_are_not():
+    assert isinstance(make_linear(torch.randn(4, 4), None, None), PanelLinear)
     assert isinstance(make_linear(torch.randn(4, 4).bfloat16(), None, None), DenseLinear)

@@ -1,0 +1,38 @@
+"""How numba compiles a kernel here: kept on disk, nothing held that Python needs, and for one thread or for several.
+
+Few numbers are gone through before other threads have woken, so each kernel exists twice. Compiled code is kept where
+numba finds a place for it, and compiled at each start where there is none.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+Kernel = Callable[..., None]
+
+MAX_THREADS = numba.get_num_threads()  # cores, or what NUMBA_NUM_THREADS says
+_MANY = 64 * 1024  # numbers to go through, from which on several threads are faster
+
+
+def for_any_size(kernel: Kernel) -> Callable[[int], Kernel]:
+    """By how many numbers there are to go through: the kernel for one thread or for several."""
+    alone = _compile(kernel)
+    # NOTE: under a name of its own, for the cache on disk tells functions apart by name, not by these options.
+    renamed = types.FunctionType(kernel.__code__, kernel.__globals__, kernel.__name__, None, kernel.__closure__)
+    renamed.__qualname__ = f"{kernel.__qualname__}_together"
+    together = _compile(renamed, parallel=True)
+    return lambda size: together if size >= _MANY else alone
+
+
+def _compile(kernel: Kernel, **options: Any) -> Kernel:
+    """With sums in whatever order is fastest, as for PyTorch's own."""
+    options |= {"nogil": True, "fastmath": True, "error_model": "numpy"}
+    try:
+        compiled: Kernel = numba.njit(cache=True, **options)(kernel)
+    except RuntimeError:  # no folder that it may write to
+        compiled = numba.njit(**options)(kernel)
+    return compiled
