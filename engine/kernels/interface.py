@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
+Array = Any  # torch.Tensor or numpy.ndarray: what an implementation computes with
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatBatch:
@@ -29,27 +31,47 @@ class FlatBatch:
     block_tables: Sequence[Sequence[int]]  # each covers its length; may be longer
 
 
+class Linear(Protocol):
+    """One matrix, and its bias if it has one."""
+
+    def __call__(self, x: Array) -> Array:
+        """(rows, inputs) to (rows, outputs)."""
+
+
 class Kernels(Protocol):
     """One implementation for one device. `plan` is called once an iteration, the rest once a layer."""
+
+    def array(self, tensor: torch.Tensor) -> Array:
+        """A tensor on this device as an array; they share their memory."""
+
+    def tensor(self, array: Array) -> torch.Tensor:
+        """The reverse."""
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None) -> Linear:
+        """The product with `weight` (outputs, inputs), held as it is fastest."""
 
     def plan(self, batch: FlatBatch, block_size: int) -> Any:
         """Whatever `attention` wants to know of the batch; opaque to the caller."""
 
-    def store_kv(self, qkv: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write K and V of each token to `slots` (num_tokens) of one layer."""
+    def rotate_and_store(
+        self, qkv: Array, num_heads: int, cos: Array, sin: Array, kv_cache: Array, slots: Array
+    ) -> None:
+        """Turn the query and key heads of each token by halves, in place, and write its K and V to its slot.
 
-    def attention(self, qkv: torch.Tensor, num_heads: int, kv_cache: torch.Tensor, plan: Any) -> torch.Tensor:
+        `cos` and `sin` are float32 (num_tokens, head_dim), the first half of `sin` negated; `slots` (num_tokens).
+        """
+
+    def attention(self, qkv: Array, num_heads: int, kv_cache: Array, plan: Any) -> Array:
         """Causal attention of each token over its sequence's positions: (num_tokens, num_heads * head_dim).
 
         The new tokens' K and V are in the cache already.
         """
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Over the last dimension, computed in float32."""
+    def add_rms_norm(self, hidden: Array, more: Array | None, weight: Array, eps: float) -> Array:
+        """Add `more` to `hidden` (rows, width) in place, and give the norm of each row, computed in float32."""
 
-    def rotary(self, qkv: torch.Tensor, num_heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Turn the first `num_heads` heads of each token by halves, in place. `cos` and `sin` are float32 (num_tokens,
-        head_dim), the first half of `sin` negated."""
+    def norm_heads(self, qkv: Array, heads: range, weight: Array, eps: float) -> None:
+        """The same norm, in place, of each of some heads; `weight` (head_dim)."""
 
-    def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+    def silu_and_mul(self, x: Array) -> Array:
         """silu(gate) * up for `x` (num_tokens, 2 * n), gate first."""

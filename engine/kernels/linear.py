@@ -1,6 +1,6 @@
-"""Linear layers: how a weight matrix is held on a device, and the product with it.
+"""Linear layers on a CPU: how a weight matrix is held there, and the product with it.
 
-`make_linear` chooses once, when the weights are read. All of them take (rows, inputs) and give (rows, outputs).
+`make_linear` chooses once, when the weights are read. All take `weight` (outputs, inputs) and perhaps `bias` (outputs).
 
 int8 holds each output's weights as whole numbers within 127 of 0 times a scale of its own, and turns each row of the
 input, when it comes, into whole numbers times a scale of its own: what one row gives does not depend on its batch.
@@ -10,44 +10,24 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Protocol
 
+import numba
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - its usual name
 
 from engine.kernels import panels
-from engine.kernels.numba_ops import quantize_rows
+from engine.kernels.compiled import for_any_size
+from engine.kernels.interface import Linear
 
 _WEIGHT_LEVELS = 127
 _SMALLEST = 1e-30  # in place of 0, to divide by
 
 
-class Linear(Protocol):
-    """One matrix, and its bias if it has one."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, inputs) to (rows, outputs)."""
-
-
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None) -> Linear:
-    """The fastest way on the weight's device. `weight`: (outputs, inputs)."""
+    """The fastest way there is here."""
     if quantization == "int8":
         return OneDNNInt8Linear(weight, bias) if has_int8_products() else FBGEMMInt8Linear(weight, bias)
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        return PanelLinear(weight, bias)
-    return DenseLinear(weight, bias)
-
-
-class DenseLinear:
-    """The weights as they are, shared with whoever else holds them."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._weight, self._bias)
+    return PanelLinear(weight, bias)
 
 
 class PanelLinear:
@@ -61,9 +41,9 @@ class PanelLinear:
         if bias is not None:
             self._bias[: self._num_outputs] = bias.numpy()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty(len(x), self._num_outputs)
-        panels.multiply(self._size)(x.numpy(), self._panels, self._bias, out.numpy())
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        out = np.empty((len(x), self._num_outputs), np.float32)
+        panels.multiply(self._size)(x, self._panels, self._bias, out)
         return out
 
 
@@ -81,10 +61,10 @@ class OneDNNInt8Linear:
         self._zero_points = torch.zeros(len(scales), dtype=torch.int64)
         self._bias = bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: np.ndarray) -> np.ndarray:
         numbers, peaks = quantize_rows(x)
         product = torch.ops.onednn.qlinear_pointwise(
-            numbers,
+            torch.from_numpy(numbers),
             1.0,
             128,
             self._packed,
@@ -98,7 +78,7 @@ class OneDNNInt8Linear:
             [],
             "",
         )
-        return _scaled(product, peaks, self._bias)
+        return _scaled(product, torch.from_numpy(peaks), self._bias)
 
 
 class FBGEMMInt8Linear:
@@ -114,10 +94,11 @@ class FBGEMMInt8Linear:
         self._packed = torch.ops.quantized.linear_prepack(quantized, None)
         self._bias = bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        peaks = x.abs().amax(-1, keepdim=True)
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        rows = torch.from_numpy(x)
+        peaks = rows.abs().amax(-1, keepdim=True)
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x / peaks.clamp_min(_SMALLEST), 1 / 63, 64, self._packed
+            rows / peaks.clamp_min(_SMALLEST), 1 / 63, 64, self._packed
         )
         return _scaled(product, peaks, self._bias)
 
@@ -128,13 +109,34 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weight.div(scales[:, None]).round_().to(torch.int8), scales
 
 
-def _scaled(product: torch.Tensor, peaks: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return product.mul_(peaks) if bias is None else torch.addcmul(bias, product, peaks)
+def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row as whole numbers within 127 of 128 (uint8), and its greatest magnitude (rows, 1)."""
+    numbers, peaks = np.empty(x.shape, np.uint8), np.empty((len(x), 1), np.float32)
+    _quantize_rows(x.size)(x, numbers, peaks)
+    return numbers, peaks
+
+
+def _scaled(product: torch.Tensor, peaks: torch.Tensor, bias: torch.Tensor | None) -> np.ndarray:
+    scaled: np.ndarray = (product.mul_(peaks) if bias is None else torch.addcmul(bias, product, peaks)).numpy()
+    return scaled
 
 
 @functools.cache
 def has_int8_products() -> bool:
     """Whether oneDNN's sums are exact here for the largest numbers; without the instructions they saturate."""
     weight, bias = torch.full((16, 64), 127.0), None
-    product = OneDNNInt8Linear(weight, bias)(torch.full((2, 64), 127.0))
-    return bool(torch.allclose(product, torch.tensor(127.0 * 127 * 64)))
+    product = OneDNNInt8Linear(weight, bias)(np.full((2, 64), 127, np.float32))
+    return bool(np.allclose(product, 127.0 * 127 * 64))
+
+
+@for_any_size
+def _quantize_rows(x, numbers, peaks):  # type: ignore[no-untyped-def]
+    width = x.shape[1]
+    for row in numba.prange(len(x)):
+        peak = np.float32(0)
+        for i in range(width):
+            peak = max(peak, abs(x[row, i]))
+        factor = np.float32(127) / max(peak, np.float32(1e-30))
+        for i in range(width):
+            numbers[row, i] = np.uint8(x[row, i] * factor + np.float32(128.5))
+        peaks[row, 0] = peak

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 
 from engine.kernels.compiled import MAX_THREADS, Kernel, for_any_size
-from engine.kernels.interface import FlatBatch
-from engine.kernels.torch_ops import Chunk, TorchKernels
+from engine.kernels.interface import FlatBatch, Linear
+from engine.kernels.linear import make_linear
+from engine.kernels.torch_ops import Chunk, attend_chunks, plan_chunk
 
+_CPU = torch.device("cpu")
 _LOG2_E = np.float32(1.4426950408889634)
 _LN_2_HIGH = np.float32(0.693359375)
 _LN_2_LOW = np.float32(-2.12194440e-4)
@@ -36,12 +38,20 @@ class NumbaPlan:
     chunks: list[Chunk]
 
 
-class NumbaKernels(TorchKernels):
+class NumbaKernels:
     """Implements `engine.kernels.interface.Kernels`. Computes with as many threads as PyTorch does when it is made."""
 
     def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
         numba.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
+
+    def array(self, tensor: torch.Tensor) -> Any:
+        return tensor.numpy()
+
+    def tensor(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(array)
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None) -> Linear:
+        return make_linear(weight, bias, quantization)
 
     def plan(self, batch: FlatBatch, block_size: int) -> Any:
         starts, lengths, tables = batch.query_starts, batch.lengths, batch.block_tables
@@ -51,7 +61,7 @@ class NumbaKernels(TorchKernels):
             if end - start == 1:
                 decodes.append(index)
             else:
-                chunks.append(self._plan_chunk(start, end, length, tables[index], block_size))
+                chunks.append(plan_chunk(start, end, length, tables[index], block_size, _CPU))
         decode_lengths = np.array([lengths[index] for index in decodes], np.int64)
         num_blocks = -(-decode_lengths // block_size)
         block_tables = np.zeros((len(decodes), int(num_blocks.max(initial=0))), np.int64)
@@ -65,37 +75,35 @@ class NumbaKernels(TorchKernels):
             chunks=chunks,
         )
 
-    def attention(self, qkv: torch.Tensor, num_heads: int, kv_cache: torch.Tensor, plan: Any) -> torch.Tensor:
-        width = num_heads * kv_cache.shape[4]
-        out = qkv.new_empty(len(qkv), width)
+    def rotate_and_store(
+        self, qkv: np.ndarray, num_heads: int, cos: np.ndarray, sin: np.ndarray, kv_cache: np.ndarray, slots: np.ndarray
+    ) -> None:
+        _rotate_and_store(qkv.size)(qkv, num_heads, cos, sin, kv_cache, slots)
+
+    def attention(self, qkv: np.ndarray, num_heads: int, kv_cache: np.ndarray, plan: Any) -> np.ndarray:
+        block_size, _, num_kv_heads, head_dim = kv_cache.shape[1:]
+        width = num_heads * head_dim
+        out = np.empty((len(qkv), width), np.float32)
         if len(plan.rows):
-            block_size, _, num_kv_heads, head_dim = kv_cache.shape[1:]
             kernel = _attend_decodes(num_kv_heads, num_heads // num_kv_heads, head_dim, block_size)
-            attend = kernel(plan.num_positions * width)
-            attend(qkv.numpy(), kv_cache.numpy(), plan.rows, plan.lengths, plan.block_tables, out.numpy())
-        self._attend_chunks(qkv, num_heads, kv_cache, plan.chunks, out)
+            kernel(plan.num_positions * width)(qkv, kv_cache, plan.rows, plan.lengths, plan.block_tables, out)
+        if plan.chunks:
+            tensors = (torch.from_numpy(array) for array in (qkv, kv_cache, out))
+            attend_chunks(num_heads, plan.chunks, *tensors)
         return out
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty_like(x)
-        width = x.shape[-1]
-        _rms_norm(x.numel())(x.view(-1, width).numpy(), weight.numpy(), np.float32(eps), out.view(-1, width).numpy())
+    def add_rms_norm(self, hidden: np.ndarray, more: np.ndarray | None, weight: np.ndarray, eps: float) -> np.ndarray:
+        out = np.empty_like(hidden)
+        _add_rms_norm(hidden.size)(hidden, more, weight, eps, out)
         return out
 
-    def rotary(self, qkv: torch.Tensor, num_heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        _rotary(qkv.numel())(qkv.numpy(), num_heads, cos.numpy(), sin.numpy())
+    def norm_heads(self, qkv: np.ndarray, heads: range, weight: np.ndarray, eps: float) -> None:
+        _norm_heads(qkv.size)(qkv, heads.start, heads.stop, weight, eps)
 
-    def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty(len(x), x.shape[1] // 2)
-        _silu_and_mul(x.numel())(x.numpy(), out.numpy())
+    def silu_and_mul(self, x: np.ndarray) -> np.ndarray:
+        out = np.empty((len(x), x.shape[1] // 2), np.float32)
+        _silu_and_mul(x.size)(x, out)
         return out
-
-
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row as whole numbers within 127 of 128 (uint8), and its greatest magnitude (rows, 1)."""
-    numbers, peaks = torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x), 1)
-    _quantize_rows(x.numel())(x.numpy(), numbers.numpy(), peaks.numpy())
-    return numbers, peaks
 
 
 @numba.njit(inline="always", fastmath=True)
@@ -171,27 +179,48 @@ def _attend_decodes(num_kv_heads: int, group: int, head_dim: int, block_size: in
 
 
 @for_any_size
-def _rms_norm(x, weight, eps, out):
-    width = x.shape[1]
-    for row in numba.prange(len(x)):
+def _add_rms_norm(hidden, more, weight, eps, out):
+    width = hidden.shape[1]
+    for row in numba.prange(len(hidden)):
         squares = np.float32(0)
         for i in range(width):
-            squares += x[row, i] * x[row, i]
-        factor = np.float32(1) / np.sqrt(squares / np.float32(width) + eps)
+            if more is not None:
+                hidden[row, i] += more[row, i]
+            squares += hidden[row, i] * hidden[row, i]
+        factor = np.float32(1 / np.sqrt(squares / width + eps))
         for i in range(width):
-            out[row, i] = x[row, i] * factor * weight[i]
+            out[row, i] = hidden[row, i] * factor * weight[i]
 
 
 @for_any_size
-def _rotary(qkv, num_heads, cos, sin):
-    head_dim = cos.shape[1]
-    half = head_dim // 2
+def _norm_heads(qkv, first_head, end_head, weight, eps):
+    width = len(weight)
     for row in numba.prange(len(qkv)):
-        for first in range(0, num_heads * head_dim, head_dim):
+        for start in range(first_head * width, end_head * width, width):
+            squares = np.float32(0)
+            for i in range(start, start + width):
+                squares += qkv[row, i] * qkv[row, i]
+            factor = np.float32(1 / np.sqrt(squares / width + eps))
+            for i in range(width):
+                qkv[row, start + i] *= factor * weight[i]
+
+
+@for_any_size
+def _rotate_and_store(qkv, num_heads, cos, sin, kv_cache, slots):
+    _, block_size, _, num_kv_heads, head_dim = kv_cache.shape
+    half, first_key = head_dim // 2, num_heads * head_dim
+    first_value = first_key + num_kv_heads * head_dim
+    for row in numba.prange(len(qkv)):
+        for first in range(0, first_value, head_dim):
             for i in range(half):
                 one, two = qkv[row, first + i], qkv[row, first + half + i]
                 qkv[row, first + i] = one * cos[row, i] + two * sin[row, i]
                 qkv[row, first + half + i] = two * cos[row, half + i] + one * sin[row, half + i]
+        place = kv_cache[slots[row] // block_size, slots[row] % block_size]
+        for kv_head in range(num_kv_heads):
+            for i in range(head_dim):
+                place[0, kv_head, i] = qkv[row, first_key + kv_head * head_dim + i]
+                place[1, kv_head, i] = qkv[row, first_value + kv_head * head_dim + i]
 
 
 @for_any_size
@@ -203,16 +232,3 @@ def _silu_and_mul(x, out):
             small = _exp(-abs(gate))
             numerator = gate if gate >= 0 else gate * small
             out[row, i] = numerator / (np.float32(1) + small) * x[row, width + i]
-
-
-@for_any_size
-def _quantize_rows(x, numbers, peaks):
-    width = x.shape[1]
-    for row in numba.prange(len(x)):
-        peak = np.float32(0)
-        for i in range(width):
-            peak = max(peak, abs(x[row, i]))
-        factor = np.float32(127) / max(peak, np.float32(1e-30))
-        for i in range(width):
-            numbers[row, i] = np.uint8(x[row, i] * factor + np.float32(128.5))
-        peaks[row, 0] = peak

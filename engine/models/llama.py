@@ -1,7 +1,7 @@
 """The decoder of the Llama family, driven by a `ModelSpec`, over a flat batch of tokens.
 
 Plain functions of tensors: no modules, no autograd. A layer's q, k and v projections are one matrix, so are gate and
-up; how a matrix is held is `engine.kernels.linear`'s affair.
+up; how a matrix is held is the kernels' affair.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.interface import Kernels
-from engine.kernels.linear import Linear, make_linear
+from engine.kernels.interface import Array, Kernels, Linear
 from engine.weights.spec import Checkpoint, ModelSpec
 
 
@@ -21,19 +20,19 @@ from engine.weights.spec import Checkpoint, ModelSpec
 class LayerWeights:
     """One decoder layer."""
 
-    input_norm: torch.Tensor  # (hidden)
+    input_norm: Array  # (hidden)
     qkv: Linear  # hidden to (num_heads + 2 * num_kv_heads) * head_dim
-    q_norm: torch.Tensor | None  # (head_dim)
-    k_norm: torch.Tensor | None
+    q_norm: Array | None  # (head_dim)
+    k_norm: Array | None
     output: Linear  # num_heads * head_dim to hidden
-    mlp_norm: torch.Tensor  # (hidden)
+    mlp_norm: Array  # (hidden)
     gate_up: Linear  # hidden to 2 * intermediate
     down: Linear  # intermediate to hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatInput:
-    """One iteration's tokens on the device."""
+    """One iteration's tokens, int64, on the device."""
 
     token_ids: torch.Tensor  # (num_tokens)
     positions: torch.Tensor  # (num_tokens)
@@ -59,79 +58,83 @@ class LlamaModel:
         self.spec = spec = checkpoint.spec
         self.dtype = dtype
         self._kernels = kernels
-        reader = _WeightReader(checkpoint, dtype, device, quantization)
-        self._embeddings = reader.vector("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        reader = _WeightReader(checkpoint, kernels, dtype, device, quantization)
+        embeddings = reader.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        self._embeddings = kernels.array(embeddings)
         self._layers = []
         for index in range(spec.num_layers):
             self._layers.append(_read_layer(reader, spec, index))
             if (index + 1) % max(1, spec.num_layers // 5) == 0:
                 progress(f"loaded {index + 1} of {spec.num_layers} layers")
-        self._norm = reader.vector("model.norm.weight", (spec.hidden_size,))
+        self._norm = reader.vector("model.norm.weight", spec.hidden_size)
         if spec.ties_embeddings:
-            self._head = make_linear(self._embeddings, None, quantization)
+            self._head = kernels.linear(embeddings, None, quantization)
         else:
             self._head = reader.linear(["lm_head"], [spec.vocab_size], spec.hidden_size)
-        self._cos, self._sin = _rotary_tables(spec, max_model_len, device)
+        self._cos, self._sin = (kernels.array(table) for table in _rotary_tables(spec, max_model_len, device))
 
     @torch.inference_mode()
     def forward(self, inputs: FlatInput, kv_caches: torch.Tensor) -> torch.Tensor:
         """Logits (sampled rows, vocab), float32. `kv_caches`: (num_layers, *one layer's KV cache*)."""
-        cos, sin = self._cos[inputs.positions], self._sin[inputs.positions]
-        hidden = self._embeddings[inputs.token_ids]
-        for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
-            hidden = hidden + self._attend(hidden, layer, kv_cache, cos, sin, inputs)
-            normed = self._kernels.rms_norm(hidden, layer.mlp_norm, self.spec.rms_norm_eps)
-            hidden = hidden + layer.down(self._kernels.silu_and_mul(layer.gate_up(normed)))
-        if inputs.sampled_rows is not None:
-            hidden = hidden[inputs.sampled_rows]
-        logits = self._head(self._kernels.rms_norm(hidden, self._norm, self.spec.rms_norm_eps))
-        return logits.float()
+        kernels, eps = self._kernels, self.spec.rms_norm_eps
+        positions, slots = kernels.array(inputs.positions), kernels.array(inputs.slots)
+        cos, sin = self._cos[positions], self._sin[positions]
+        hidden, more = self._embeddings[kernels.array(inputs.token_ids)], None
+        for layer, kv_cache in zip(self._layers, kernels.array(kv_caches), strict=True):
+            normed = kernels.add_rms_norm(hidden, more, layer.input_norm, eps)
+            qkv = self._queries_keys_values(normed, layer)
+            kernels.rotate_and_store(qkv, self.spec.num_heads, cos, sin, kv_cache, slots)
+            attended = kernels.attention(qkv, self.spec.num_heads, kv_cache, inputs.plan)
+            if inputs.sampled_rows is not None and layer is self._layers[-1]:
+                rows = kernels.array(inputs.sampled_rows)  # of the others, all that is wanted is in the cache now
+                hidden, attended = hidden[rows], attended[rows]
+            normed = kernels.add_rms_norm(hidden, layer.output(attended), layer.mlp_norm, eps)
+            more = layer.down(kernels.silu_and_mul(layer.gate_up(normed)))
+        logits = self._head(kernels.add_rms_norm(hidden, more, self._norm, eps))
+        return kernels.tensor(logits).float()
 
-    def _attend(
-        self,
-        hidden: torch.Tensor,
-        layer: LayerWeights,
-        kv_cache: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        inputs: FlatInput,
-    ) -> torch.Tensor:
+    def _queries_keys_values(self, normed: Array, layer: LayerWeights) -> Array:
         spec, kernels = self.spec, self._kernels
-        normed = kernels.rms_norm(hidden, layer.input_norm, spec.rms_norm_eps)
         qkv = layer.qkv(normed)
-        num_qk = spec.num_heads + spec.num_kv_heads
         if layer.q_norm is not None and layer.k_norm is not None:
-            qk = qkv[:, : num_qk * spec.head_dim].view(len(qkv), num_qk, spec.head_dim)
-            q, k = qk[:, : spec.num_heads].contiguous(), qk[:, spec.num_heads :].contiguous()
-            qk[:, : spec.num_heads] = kernels.rms_norm(q, layer.q_norm, spec.rms_norm_eps)
-            qk[:, spec.num_heads :] = kernels.rms_norm(k, layer.k_norm, spec.rms_norm_eps)
-        kernels.rotary(qkv, num_qk, cos, sin)
-        kernels.store_kv(qkv, kv_cache, inputs.slots)
-        return layer.output(kernels.attention(qkv, spec.num_heads, kv_cache, inputs.plan))
+            kernels.norm_heads(qkv, range(spec.num_heads), layer.q_norm, spec.rms_norm_eps)
+            keys = range(spec.num_heads, spec.num_heads + spec.num_kv_heads)
+            kernels.norm_heads(qkv, keys, layer.k_norm, spec.rms_norm_eps)
+        return qkv
 
 
 class _WeightReader:
     """Tensors of a checkpoint as the model holds them."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantization: str | None
+        self,
+        checkpoint: Checkpoint,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str | None,
     ) -> None:
         self._checkpoint = checkpoint
+        self._kernels = kernels
         self._dtype = dtype
         self._device = device
         self._quantization = quantization
 
-    def vector(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """One tensor as it is."""
         return self._checkpoint.tensor(name, shape).to(self._device, self._dtype).contiguous()
 
+    def vector(self, name: str, size: int) -> Array:
+        """What is not multiplied with as a matrix."""
+        return self._kernels.array(self.tensor(name, (size,)))
+
     def linear(self, names: list[str], sizes: list[int], num_inputs: int, *, has_bias: bool = False) -> Linear:
         """Projections of the same inputs as one; `sizes`: how many outputs each has."""
-        weights = [self.vector(f"{name}.weight", (size, num_inputs)) for name, size in zip(names, sizes, strict=True)]
+        weights = [self.tensor(f"{name}.weight", (size, num_inputs)) for name, size in zip(names, sizes, strict=True)]
         bias = None
         if has_bias:
-            bias = torch.cat([self.vector(f"{name}.bias", (size,)) for name, size in zip(names, sizes, strict=True)])
-        return make_linear(torch.cat(weights), bias, self._quantization)
+            bias = torch.cat([self.tensor(f"{name}.bias", (size,)) for name, size in zip(names, sizes, strict=True)])
+        return self._kernels.linear(torch.cat(weights), bias, self._quantization)
 
 
 def _read_layer(reader: _WeightReader, spec: ModelSpec, index: int) -> LayerWeights:
@@ -141,14 +144,13 @@ def _read_layer(reader: _WeightReader, spec: ModelSpec, index: int) -> LayerWeig
     q_size = spec.num_heads * spec.head_dim
     qkv = [f"{attention}{name}_proj" for name in "qkv"]
     qkv_sizes = [q_size, kv_size, kv_size]
-    head = (spec.head_dim,)
     return LayerWeights(
-        input_norm=reader.vector(f"{prefix}input_layernorm.weight", (hidden,)),
+        input_norm=reader.vector(f"{prefix}input_layernorm.weight", hidden),
         qkv=reader.linear(qkv, qkv_sizes, hidden, has_bias=spec.has_qkv_bias),
-        q_norm=reader.vector(f"{attention}q_norm.weight", head) if spec.has_qk_norm else None,
-        k_norm=reader.vector(f"{attention}k_norm.weight", head) if spec.has_qk_norm else None,
+        q_norm=reader.vector(f"{attention}q_norm.weight", spec.head_dim) if spec.has_qk_norm else None,
+        k_norm=reader.vector(f"{attention}k_norm.weight", spec.head_dim) if spec.has_qk_norm else None,
         output=reader.linear([f"{attention}o_proj"], [hidden], q_size),
-        mlp_norm=reader.vector(f"{prefix}post_attention_layernorm.weight", (hidden,)),
+        mlp_norm=reader.vector(f"{prefix}post_attention_layernorm.weight", hidden),
         gate_up=reader.linear([f"{mlp}gate_proj", f"{mlp}up_proj"], [spec.intermediate_size] * 2, hidden),
         down=reader.linear([f"{mlp}down_proj"], [hidden], spec.intermediate_size),
     )

@@ -161,7 +161,7 @@ def check_attention(kernels: Kernels, parts: list[Part], num_kv_heads: int, seed
         table = [free.pop() for _ in range(-(-length // BLOCK_SIZE))]
         qkv = torch.randn(length, num_heads + 2 * num_kv_heads, head_dim, generator=generator) * 3
         places = torch.tensor([table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(length)])
-        kernels.store_kv(qkv[: part.start].flatten(1), cache, places[: part.start])
+        store(kernels, qkv[: part.start].flatten(1), cache, places[: part.start])
         q, keys, values = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
         expected.append(naive_attention(q[part.start :], keys, values, part.start).flatten(1))
         new.append(qkv[part.start :].flatten(1))
@@ -170,10 +170,18 @@ def check_attention(kernels: Kernels, parts: list[Part], num_kv_heads: int, seed
         lengths.append(length)
         tables.append(table)
     qkv = torch.cat(new)
-    kernels.store_kv(qkv, cache, torch.cat(slots))
+    store(kernels, qkv, cache, torch.cat(slots))
     plan = kernels.plan(FlatBatch(query_starts=starts, lengths=lengths, block_tables=tables), BLOCK_SIZE)
-    attended = kernels.attention(qkv, num_heads, cache, plan)
-    torch.testing.assert_close(attended, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    attended = kernels.attention(kernels.array(qkv), num_heads, kernels.array(cache), plan)
+    torch.testing.assert_close(kernels.tensor(attended), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def store(kernels: Kernels, qkv: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """K and V into the cache, turned by no angle."""
+    num_kv_heads, head_dim = cache.shape[3:]
+    cos, sin = torch.ones(len(qkv), head_dim), torch.zeros(len(qkv), head_dim)
+    arrays = [kernels.array(tensor) for tensor in (cos, sin, cache, slots)]
+    kernels.rotate_and_store(kernels.array(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, *arrays)
 
 
 @with_kernels
@@ -195,50 +203,66 @@ def test_many_positions_are_attended_by_several_threads_as_by_one(kernels: Kerne
     check_attention(kernels, [Part(start, 1) for start in range(40, 120)], 2, 0)
 
 
-@with_kernels
-def test_storing_writes_its_slots_and_no_others(kernels: Kernels):
-    cache = torch.zeros(3, BLOCK_SIZE, 2, 1, 2)
-    qkv = torch.arange(12.0).view(2, 6) + 1  # one query head, one of keys, one of values
-    kernels.store_kv(qkv, cache, torch.tensor([5, 11]))
-    rows = cache.view(12, 4)
-    assert torch.equal(rows[[5, 11]], qkv[:, 2:])
-    assert rows.count_nonzero() == 8
-
-
-# --- elementwise: few rows, and as many as are shared out among threads ---
+# --- few rows, and as many as are shared out among threads ---
 
 sizes = pytest.mark.parametrize("num_rows", [1, 5, 5000])
 
 
-def check_rms_norm(kernels: Kernels, num_rows: int, dtype: torch.dtype, tolerance: float) -> None:
-    x, weight = torch.randn(num_rows, 16).to(dtype), torch.randn(16).to(dtype)
-    wide = x.double()
-    expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5).double(), expected, rtol=tolerance, atol=tolerance)
-
-
 @sizes
 @with_kernels
-def test_rms_norm_is_its_definition(kernels: Kernels, num_rows: int):
-    check_rms_norm(kernels, num_rows, torch.float32, 1e-5)
-
-
-def test_rms_norm_of_bfloat16_is_its_definition():
-    check_rms_norm(TORCH, 5, torch.bfloat16, 2e-2)
-
-
-@sizes
-@with_kernels
-def test_rotary_turns_each_pair_of_halves_by_its_angle_and_nothing_else(kernels: Kernels, num_rows: int):
+def test_each_pair_of_halves_is_turned_by_its_angle_and_stored_in_its_slot_and_no_other(
+    kernels: Kernels, num_rows: int
+):
+    """Three query heads, two of keys, two of values."""
     angles = torch.rand(num_rows, 2) * 6
-    qkv = torch.randn(num_rows, 5 * 4)
-    x = qkv.clone().view(num_rows, 5, 4)
+    qkv = torch.randn(num_rows, 7 * 4)
+    x = qkv.clone().view(num_rows, 7, 4)
     cos, sin = torch.cat((angles.cos(), angles.cos()), 1), torch.cat((-angles.sin(), angles.sin()), 1)
-    pairs = torch.view_as_complex(torch.stack((x[:, :3, :2], x[:, :3, 2:]), -1))
+    pairs = torch.view_as_complex(torch.stack((x[:, :5, :2], x[:, :5, 2:]), -1))
     turned = pairs * torch.polar(torch.ones(num_rows, 1, 2), angles.unsqueeze(1))
-    kernels.rotary(qkv, 3, cos, sin)
-    expected = torch.cat((torch.cat((turned.real, turned.imag), -1), x[:, 3:]), 1)
-    torch.testing.assert_close(qkv.view(num_rows, 5, 4), expected)
+    expected = torch.cat((torch.cat((turned.real, turned.imag), -1), x[:, 5:]), 1)
+    cache = torch.zeros(num_rows + 2, BLOCK_SIZE, 2, 2, 4)
+    slots = torch.randperm((num_rows + 2) * BLOCK_SIZE)[:num_rows]
+    kernels.rotate_and_store(*(kernels.array(t) if torch.is_tensor(t) else t for t in (qkv, 3, cos, sin, cache, slots)))
+    torch.testing.assert_close(qkv.view(num_rows, 7, 4), expected)
+    rows = cache.view(-1, 16)
+    assert torch.equal(rows[slots], qkv[:, 3 * 4 :])
+    assert rows.count_nonzero() == num_rows * 16
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The definition."""
+    wide = x.double()
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+
+
+def check_add_rms_norm(kernels: Kernels, num_rows: int, dtype: torch.dtype, tolerance: float) -> None:
+    hidden, more, weight = (torch.randn(*shape, 16).to(dtype) for shape in ((num_rows,), (num_rows,), ()))
+    added = hidden + more
+    for parts in ((hidden, more, weight), (hidden, None, weight)):
+        got = kernels.add_rms_norm(*(None if part is None else kernels.array(part) for part in parts), 1e-5)
+        assert torch.equal(hidden, added)
+        torch.testing.assert_close(kernels.tensor(got).double(), norm(added, weight), rtol=tolerance, atol=tolerance)
+
+
+@sizes
+@with_kernels
+def test_add_rms_norm_adds_and_is_the_norm(kernels: Kernels, num_rows: int):
+    check_add_rms_norm(kernels, num_rows, torch.float32, 1e-5)
+
+
+def test_add_rms_norm_of_bfloat16_adds_and_is_the_norm():
+    check_add_rms_norm(TORCH, 5, torch.bfloat16, 2e-2)
+
+
+@sizes
+@with_kernels
+def test_heads_are_normed_each_by_itself_and_no_others(kernels: Kernels, num_rows: int):
+    qkv, weight = torch.randn(num_rows, 5, 8), torch.randn(8)
+    expected = torch.cat((qkv[:, :1], norm(qkv[:, 1:3], weight).float(), qkv[:, 3:]), 1)
+    flat = qkv.flatten(1)
+    kernels.norm_heads(kernels.array(flat), range(1, 3), kernels.array(weight), 1e-5)
+    torch.testing.assert_close(flat.view(qkv.shape), expected, rtol=1e-5, atol=1e-5)
 
 
 @sizes
@@ -246,4 +270,5 @@ def test_rotary_turns_each_pair_of_halves_by_its_angle_and_nothing_else(kernels:
 def test_silu_and_mul_gates_the_second_half_by_the_first(kernels: Kernels, num_rows: int):
     gate, up = torch.randn(num_rows, 8) * 20, torch.randn(num_rows, 8)
     expected = gate / (1 + (-gate).exp()) * up
-    torch.testing.assert_close(kernels.silu_and_mul(torch.cat((gate, up), -1)), expected)
+    got = kernels.silu_and_mul(kernels.array(torch.cat((gate, up), -1)))
+    torch.testing.assert_close(kernels.tensor(got), expected)
