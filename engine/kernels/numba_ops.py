@@ -16,7 +16,7 @@ import numba
 import numpy as np
 import torch
 
-from engine.kernels.compiled import MAX_THREADS, Kernel, for_any_size
+from engine.kernels.compiled import MAX_THREADS, Kernel, fetch_ahead, for_any_size
 from engine.kernels.interface import FlatBatch, Linear
 from engine.kernels.linear import make_linear
 from engine.kernels.torch_ops import Chunk, attend_chunks, plan_chunk
@@ -128,12 +128,14 @@ def _attend_decodes(num_kv_heads: int, group: int, head_dim: int, block_size: in
     """For one shape of model: numbers that the compiler knows let it make vectors of the inner loops."""
     num_heads, width = num_kv_heads * group, num_kv_heads * group * head_dim
     scale = np.float32(1 / np.sqrt(head_dim))
+    position_size = 2 * num_kv_heads * head_dim
 
     def kernel(qkv, kv_cache, rows, lengths, block_tables, out):
         """Block by block, so that the cache is read once and in order: what has been summed fades when a greater
         score turns up."""
         for index in numba.prange(len(rows)):
             row, length = rows[index], lengths[index]
+            last = (length - 1) // block_size
             q, attended = qkv[row, :width] * scale, np.zeros(width, np.float32)
             weights = np.empty((num_heads, block_size), np.float32)
             highest = np.full(num_heads, np.float32(-1e30), np.float32)
@@ -141,7 +143,10 @@ def _attend_decodes(num_kv_heads: int, group: int, head_dim: int, block_size: in
             for first in range(0, length, block_size):
                 block = kv_cache[block_tables[index, first // block_size]]
                 num_positions = min(block_size, length - first)
+                ahead = block_tables[index, min(first // block_size + 1, last)] * block.size
                 for position in range(num_positions):
+                    for number in range(0, position_size, 16):
+                        fetch_ahead(kv_cache, ahead + position * position_size + number)
                     for kv_head in range(num_kv_heads):
                         for member in range(group):
                             head = kv_head * group + member

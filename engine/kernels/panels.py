@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from engine.kernels.compiled import for_any_size
+from engine.kernels.compiled import for_any_size, prefetch
 
 _LANES = 16  # float32 numbers in a vector; where registers are narrower, the compiler takes two for one
 _HAS_AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
@@ -27,8 +27,8 @@ WIDTH = _VECTORS * _LANES
 _UNROLLED = 4  # steps of depth between two looks at the loop's end
 _FETCHED_AHEAD = 32  # steps of depth
 
-_INDEX, _INT32, _FLOAT, _BYTES = ir.IntType(64), ir.IntType(32), ir.FloatType(), ir.IntType(8).as_pointer()
-_VECTOR = ir.VectorType(_FLOAT, _LANES)
+_INDEX, _INT32 = ir.IntType(64), ir.IntType(32)
+_VECTOR = ir.VectorType(ir.FloatType(), _LANES)
 _POINTER = types.CPointer(types.float32)
 
 
@@ -94,8 +94,6 @@ def _rows_times_panel(context, x, num_rows, depth, panel, bias, out, stride):
 
 def _block(builder, num_rows, x, depth, panel, bias, out, stride):
     """The instructions for a number of rows that is known."""
-    prefetch_type = ir.FunctionType(ir.VoidType(), [_BYTES, _INT32, _INT32, _INT32])
-    prefetch = cgutils.get_or_insert_function(builder.module, prefetch_type, "llvm.prefetch.p0")
     zero, undefined = _INDEX(0), ir.Constant(_VECTOR, ir.Undefined)
     everywhere = ir.Constant(ir.VectorType(_INT32, _LANES), None)
 
@@ -111,8 +109,7 @@ def _block(builder, num_rows, x, depth, panel, bias, out, stride):
             weights.append(builder.load(vector_at(panel, k, _INDEX(WIDTH), column), align=4))
             if num_rows == 1:
                 continue  # Measured: 19 ms without, 23 ms with what is fetched ahead
-            ahead = at(panel, builder.add(k, _INDEX(_FETCHED_AHEAD)), _INDEX(WIDTH), column)
-            builder.call(prefetch, [builder.bitcast(ahead, _BYTES), _INT32(0), _INT32(3), _INT32(1)])
+            prefetch(builder, at(panel, builder.add(k, _INDEX(_FETCHED_AHEAD)), _INDEX(WIDTH), column))
         for row, totals in enumerate(sums):
             number = builder.insert_element(undefined, builder.load(at(x, _INDEX(row), depth, k)), _INT32(0))
             number = builder.shuffle_vector(number, undefined, everywhere)
