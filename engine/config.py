@@ -40,9 +40,15 @@ class SchedulerConfig:
     """Limits of one iteration's batch."""
 
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None  # None: what suits the device, and what the other limits need
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0  # longest prefill chunk, in tokens; 0: only the budget limits it
+
+    def budget(self, suited: int, max_model_len: int) -> int:
+        """Tokens of one iteration, where `suited` would be well for the device."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return max(suited, self.max_num_seqs, 0 if self.enable_chunked_prefill else max_model_len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

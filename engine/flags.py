@@ -149,9 +149,8 @@ def _add_engine_flags(group: Any) -> None:
     add(
         "--max-num-batched-tokens",
         type=_whole(1),
-        default=2048,
         metavar="N",
-        help="tokens computed in one iteration (default: %(default)s)",
+        help="tokens computed in one iteration (default: 512 on a CPU, 2048 on a GPU)",
     )
     add("--enable-chunked-prefill", action=switch, default=True, help="compute long prompts in parts (default: yes)")
     add(
@@ -279,7 +278,7 @@ def _add_supervision_flags(group: Any) -> None:
 def parse(arguments: list[str], environment: dict[str, str]) -> DeploymentConfig:
     """Raises FlagError; fetches the default model when no other is named."""
     flags = make_parser().parse_args(arguments)
-    if flags.max_num_batched_tokens < flags.max_num_seqs:
+    if flags.max_num_batched_tokens and flags.max_num_batched_tokens < flags.max_num_seqs:
         raise FlagError(
             f"--max-num-batched-tokens {flags.max_num_batched_tokens} is less than --max-num-seqs {flags.max_num_seqs}:"
             " an iteration must have room for one token of every sequence"

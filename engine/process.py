@@ -50,6 +50,7 @@ class ModelRunner(Runner, Protocol):
     vocab_size: int
     eos_token_ids: frozenset[int]
     cache_dtype: str
+    suited_budget: int  # tokens of one iteration
 
 
 RunnerFactory = Callable[[EngineConfig, Callable[[str], None]], ModelRunner]  # raises CannotServeError
@@ -169,6 +170,7 @@ def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, fau
         max_model_len=runner.max_model_len,
         eos_token_ids=runner.eos_token_ids,
         vocab_size=runner.vocab_size,
+        suited_budget=runner.suited_budget,
     )
     return EngineCore(
         scheduler,

@@ -36,6 +36,7 @@ class Scheduler:
     """The queue, the running requests and their blocks. `schedule` and `update` alternate."""
 
     __slots__ = (
+        "_budget",
         "_config",
         "_eos_token_ids",
         "_in_flight",
@@ -57,13 +58,15 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         vocab_size: int,
+        suited_budget: int = 2048,
     ) -> None:
         self._config = config
+        self._budget = config.budget(suited_budget, max_model_len)
         self._pool = pool
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
-        self._longest_chunk = config.max_num_batched_tokens
+        self._longest_chunk = self._budget
         if config.enable_chunked_prefill and config.long_prefill_token_threshold:
             self._longest_chunk = min(self._longest_chunk, config.long_prefill_token_threshold)
         self._requests: dict[int, RequestState] = {}  # running and waiting, by sequence id
@@ -86,10 +89,10 @@ class Scheduler:
             )
         if len(prompt) > self._pool.num_tokens:
             return f"the prompt has {len(prompt)} tokens; the KV cache holds {self._pool.num_tokens}"
-        if len(prompt) > config.max_num_batched_tokens and not config.enable_chunked_prefill:
+        if len(prompt) > self._budget and not config.enable_chunked_prefill:
             return (
                 f"the prompt has {len(prompt)} tokens; without chunked prefill an iteration takes"
-                f" at most {config.max_num_batched_tokens}"
+                f" at most {self._budget}"
             )
         biased = [token for token, _ in sampling.logit_bias]
         for what, tokens in (("prompt", prompt), ("stop_token_ids", sampling.stop_token_ids), ("logit_bias", biased)):
@@ -153,7 +156,7 @@ class Scheduler:
         scheduled: list[RequestState] = []
         self._scheduled = scheduled
         prefills = self._schedule_decodes(counts)
-        budget = self._config.max_num_batched_tokens - len(scheduled)
+        budget = self._budget - len(scheduled)
         for request in prefills:
             if not budget:
                 break
@@ -170,7 +173,7 @@ class Scheduler:
     def _schedule_decodes(self, counts: IterationCounts) -> list[RequestState]:
         """Schedule whoever needs one position; the other running requests are returned. The loop that is paid for
         every token."""
-        scheduled, block_size, budget = self._scheduled, self._pool.block_size, self._config.max_num_batched_tokens
+        scheduled, block_size, budget = self._scheduled, self._pool.block_size, self._budget
         prefills = []
         # NOTE: `_grow` takes victims off the end of this very list. They are at or behind the cursor, so the loop
         # ends earlier and neither they nor anything scheduled before needs to be undone.
@@ -233,7 +236,7 @@ class Scheduler:
             shared = self._find_cached(request)
             num_tokens = len(request.token_ids)
             num_missing = num_tokens - len(shared) * pool.block_size
-            if is_whole and budget < num_missing <= self._config.max_num_batched_tokens:
+            if is_whole and budget < num_missing <= self._budget:
                 break  # NOTE: what has grown beyond a whole budget is recomputed in chunks all the same
             blocks = pool.allocate(pool.num_blocks_for(num_tokens) - len(shared), shared)
             if blocks is None:

@@ -28,6 +28,7 @@ class InstantRunner:
     vocab_size = 49_152
     eos_token_ids: frozenset[int] = frozenset({2})
     cache_dtype = "float32"
+    suited_budget = 2048
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s

@@ -93,3 +93,17 @@ def test_a_one_token_prompt_is_prefill_too(length):
     engine = run(Setup(), [Job(prompt=(1,), max_tokens=length, ignore_eos=True)])
     assert engine.histogram("wholebatch:iteration_prefill_tokens") == (1, 1)
     assert engine.histogram("vllm:iteration_tokens_total") == (length, 1 + length)
+
+
+@pytest.mark.parametrize(
+    ("named", "budget"),
+    [
+        ({}, 512),
+        ({"max_num_batched_tokens": 300}, 300),
+        ({"max_num_seqs": 700}, 700),
+        ({"enable_chunked_prefill": False}, 2000),
+        ({"enable_chunked_prefill": False, "max_num_batched_tokens": 600}, 600),
+    ],
+)
+def test_the_budget_suits_the_device_unless_it_is_named_or_other_limits_need_more(named: dict[str, int], budget: int):
+    assert SchedulerConfig(**named).budget(512, max_model_len=2000) == budget
