@@ -42,19 +42,21 @@ def prefetch(builder, pointer):
     builder.call(prefetch, [builder.bitcast(pointer, _BYTES), _INT32(0), _INT32(3), _INT32(1)])
 
 
-def for_any_size(kernel: Kernel) -> Callable[[int], Kernel]:
-    """By how many numbers there are to go through: the kernel for one thread or for several."""
-    alone = _compile(kernel)
+def for_any_size(kernel: Kernel, *, fastmath: bool = True) -> Callable[[int], Kernel]:
+    """By how many numbers there are to go through: the kernel for one thread or for several.
+
+    `fastmath`: with sums in whatever order is fastest, as for PyTorch's own.
+    """
+    alone = _compile(kernel, fastmath=fastmath)
     # NOTE: under a name of its own, for the cache on disk tells functions apart by name, not by these options.
     renamed = python_types.FunctionType(kernel.__code__, kernel.__globals__, kernel.__name__, None, kernel.__closure__)
     renamed.__qualname__ = f"{kernel.__qualname__}_together"
-    together = _compile(renamed, parallel=True)
+    together = _compile(renamed, fastmath=fastmath, parallel=True)
     return lambda size: together if size >= _MANY else alone
 
 
 def _compile(kernel: Kernel, **options: Any) -> Kernel:
-    """With sums in whatever order is fastest, as for PyTorch's own."""
-    options |= {"nogil": True, "fastmath": True, "error_model": "numpy"}
+    options |= {"nogil": True, "error_model": "numpy"}
     try:
         compiled: Kernel = numba.njit(cache=True, **options)(kernel)
     except RuntimeError:  # no folder that it may write to

@@ -102,7 +102,11 @@ def compare(sides: Sequence[Side], concurrency: int, args: argparse.Namespace) -
     for number in range(args.rounds):
         prompts = random_prompts(num_requests(concurrency, args.requests), PROMPT_TOKENS, 1000 * concurrency + number)
         for side in sides:
-            load = run_load(side.url, side.model, prompts, OUTPUT_TOKENS, concurrency)
+            with contextlib.ExitStack() as others:
+                for other in sides:
+                    if other is not side:
+                        others.enter_context(other.suspended())
+                load = run_load(side.url, side.model, prompts, OUTPUT_TOKENS, concurrency)
             rounds[side.name].append(figures(load))
     return [
         {"side": name, "concurrency": concurrency}

@@ -79,7 +79,7 @@ def test_int8_gives_a_row_the_same_in_any_batch(make: Make, levels: int):
     x, weight, bias = draw((128, 96, 200), 1, True)
     linear = make(weight, bias)
     whole = product(linear, x)
-    for rows in (1, 2, 5, 32):
+    for rows in (1, 2, 5, 24, 32):
         assert torch.equal(torch.cat([product(linear, part) for part in x.split(rows)]), whole)
 
 
