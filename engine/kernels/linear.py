@@ -62,7 +62,7 @@ class OneDNNInt8Linear:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         numbers, peaks = quantize_rows(x)
         if self._few is not None and len(x) <= _FEW_ROWS:
-            return self._few(numbers, peaks)
+            return self._few.multiply(numbers, peaks)
         product = torch.ops.onednn.qlinear_pointwise(
             torch.from_numpy(numbers),
             1.0,
@@ -98,7 +98,8 @@ class _FewRowsInt8:
     def can(numbers: torch.Tensor) -> bool:
         return panels.HAS_INT8 and numbers.shape[1] % 4 == 0
 
-    def __call__(self, numbers: np.ndarray, peaks: np.ndarray) -> np.ndarray:
+    def multiply(self, numbers: np.ndarray, peaks: np.ndarray) -> np.ndarray:
+        """(rows, inputs) and (rows, 1), as `quantize_rows` gives them, to (rows, outputs)."""
         out = np.empty((len(numbers), len(self._scales)), np.float32)
         multiply = panels.multiply_int8(self._panels.size)
         multiply(numbers.view(np.int32), self._panels, self._offsets, self._scales, peaks, self._bias, out)

@@ -2,7 +2,8 @@
 
 The other sides are vLLM, started here (`--compare-vllm`), our own server with other flags (`--compare-own`), or any
 server with OpenAI's completions API that runs already (`--compare-url`): all get the same prompts, in alternating
-rounds, and medians are compared. Prompts are token ids, so that all compute the same number of tokens; none shares a
+rounds, and medians are compared. While one is measured, the others that were started here are stopped: one that polls
+when it is idle would slow it. Prompts are token ids, so that all compute the same number of tokens; none shares a
 beginning with another, so that prefix caches find nothing. Ratios are of our figure to that of the row.
 
 The share of the roofline is of what this machine allows in float32, measured in the same run (`roofline`). Time to
