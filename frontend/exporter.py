@@ -1,8 +1,9 @@
 """Whose word on an engine may be passed on, and for how long: this API server's part in the elections, one an engine.
 
 It hears every engine's snapshots and sends every engine heartbeats. `series(engine)` is the newest snapshot that may be
-exported: the one held here if this process is the engine's exporter, else one asked of the API server that is. What it
-returns carries an instant; after that nothing of it may be written (P2). None means: leave the engine's series out.
+exported: the one held here if this process is the engine's exporter, else the one that the API server holds which is,
+of those heard here. What it returns carries an instant; after that nothing of it may be written (P2). None means: leave
+the engine's series out.
 
 Times are CLOCK_BOOTTIME: it goes on while the process is stopped and while the host sleeps.
 """
@@ -12,26 +13,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
 from frontend.bulkhead import Bulkhead
 from frontend.engine_client import Identity
-from frontend.held_snapshots import Held, HeldSnapshots, Questions
+from frontend.held_snapshots import NOTHING, Held, HeldReader, HeldWriter
 from frontend.request_record import RequestRecord
 from frontend.sockets import Messages, SocketReader
 from metrics import broadcast
 from metrics.election import Holder
 from metrics.layout import Layout
-from metrics.snapshot import Grant, Snapshot, SnapshotError, decode_snapshot, encode
+from metrics.snapshot import Grant, Position, Snapshot, SnapshotError, decode_snapshot, encode
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 0.1
-ASK_DEADLINE_S: Final = 0.25
+SERIES_DEADLINE_S: Final = 0.25
+LOOK_AGAIN_S: Final = 0.001
+MAX_REMEMBERED: Final = 16  # P9: snapshots of an engine, to export what a slower exporter still holds
 
 
 def boottime() -> float:
@@ -48,15 +52,12 @@ class Exportable:
 
 
 class EngineView:
-    """What is known of one engine's broadcasts: the holder, when the last snapshot came, and who awaits the next."""
+    """What is known of one engine's broadcasts: the holder, when the last snapshot came, and the latest ones."""
 
     def __init__(self, holder: Holder, now: float) -> None:
         self.holder = holder
         self.heard_at = now  # as if: who has just started does not call the engine silent
-        self.next_fetch: asyncio.Task[Exportable | None] | None = None
-        self.fetching = asyncio.Lock()
-        self.question: asyncio.Future[Held | None] | None = None
-        self._news = asyncio.Event()
+        self._latest: deque[Snapshot] = deque(maxlen=MAX_REMEMBERED)  # the newest last
 
     @property
     def grant(self) -> Grant | None:
@@ -64,25 +65,16 @@ class EngineView:
         return None if self.holder.snapshot is None else self.holder.snapshot.grant
 
     def on_snapshot(self, snapshot: Snapshot, now: float) -> bool:
-        """False when it is stale. A question is in vain once another than the one asked has the grant."""
-        grant = self.grant
+        """False when it is stale."""
         if not self.holder.on_snapshot(snapshot, now):
             return False
         self.heard_at = now
-        if self.question is not None and self.grant != grant and not self.question.done():
-            self.question.set_result(None)
-        self._news.set()
-        self._news = asyncio.Event()
+        self._latest.append(snapshot)
         return True
 
-    async def news(self) -> None:
-        """Resolves with the next snapshot."""
-        await self._news.wait()
-
-    async def changes(self, grant: Grant | None) -> None:
-        """Resolves when the newest grant is not this one."""
-        while self.grant == grant:
-            await self.news()
+    def snapshot_at(self, position: Position) -> Snapshot | None:
+        """None: not heard, or too long ago."""
+        return next((snapshot for snapshot in reversed(self._latest) if snapshot.position == position), None)
 
 
 class Exporter:
@@ -118,8 +110,8 @@ class Exporter:
         self._reader = SocketReader(subscriber, self._on_messages)
         heartbeat_endpoints = [broadcast.heartbeat_endpoint(directory, engine) for engine in engines]
         self._beats = [broadcast.connect_heartbeats(context, endpoint) for endpoint in heartbeat_endpoints]
-        self._asked = HeldSnapshots(directory, identity.index, self._pass_on)
-        self._questions = Questions(directory)
+        self._writer = HeldWriter(directory, identity.index, len(engines))
+        self._others = HeldReader(directory, num_api_servers, len(engines))
         self._beating = asyncio.create_task(self._beat(min(HEARTBEAT_S, lease_s / 6)))
         self._has_logged_rejection = False
 
@@ -134,13 +126,27 @@ class Exporter:
 
     async def series(self, engine: int) -> Exportable | None:
         """The engine's series from whoever is their exporter; None after the deadline, or where there is none."""
-        held = self.held(engine)
-        if held is not None:
+        deadline = self._clock() + SERIES_DEADLINE_S
+        while (found := self.look(engine)) is None:
+            now = self._clock()
+            if now >= deadline or now - self.engines[engine].heard_at >= self._lease_s:
+                return None  # a silent engine's may be exported by nobody
+            await asyncio.sleep(LOOK_AGAIN_S)  # between two exporters
+        return found
+
+    def look(self, engine: int) -> Exportable | None:
+        """The engine's series as they may be exported at this instant: what is held by whom the newest grant names."""
+        view, held = self.engines[engine], self.held(engine)
+        grant = view.grant
+        if held is not None or grant is None or grant.api_server >= self._num_api_servers:
             return held
-        view = self.engines[engine]
-        if view.next_fetch is None:
-            view.next_fetch = asyncio.create_task(self._fetch_next(engine))
-        return await asyncio.shield(view.next_fetch)
+        found = self._others.read(grant.api_server, engine)
+        if found is None or self._clock() >= found.expires_at:
+            return None
+        snapshot = view.snapshot_at(found.position)
+        if snapshot is None or snapshot.grant is None or snapshot.grant.term < grant.term:
+            return None
+        return Exportable(snapshot=snapshot, expires_at=found.expires_at)
 
     def heard(self) -> list[Snapshot]:
         """The newest snapshot of every engine heard within the lease, whoever exports it: to decide by, or to add up
@@ -154,6 +160,7 @@ class Exporter:
         self._beating.cancel()
         for engine, view in enumerate(self.engines):
             resignation = view.holder.resign()
+            self._writer.hold(engine, NOTHING)
             if resignation is not None:
                 with self._bulkhead.around("heartbeat"):
                     self._send(engine, encode(resignation))
@@ -164,11 +171,8 @@ class Exporter:
         self._reader.close()
         for beat in self._beats:
             beat.close()
-        for view in self.engines:
-            if view.next_fetch is not None:
-                view.next_fetch.cancel()
-        self._questions.close()
-        self._asked.close()
+        self._writer.close()
+        self._others.close()
 
     # --- the election ---
 
@@ -181,9 +185,13 @@ class Exporter:
                     self._on_rejected(error)
 
     def _on_snapshot(self, snapshot: Snapshot) -> None:
-        if not self.engines[snapshot.engine].on_snapshot(snapshot, self._clock()):
+        view, now = self.engines[snapshot.engine], self._clock()
+        if not view.on_snapshot(snapshot, now):
             self._record.engines[snapshot.engine].stale_snapshot()
             return
+        may_export = view.holder.may_export(now)
+        held = Held(snapshot.position, view.holder.expires_at) if may_export else NOTHING
+        self._writer.hold(snapshot.engine, held)  # P3: it is exported here in a later turn, never before
         cells = memoryview(snapshot.cells).cast("d")
         self._on_load(snapshot.engine, sum(cells[cell] for cell in self._load_cells))
 
@@ -215,67 +223,3 @@ class Exporter:
             self._beats[engine].send(raw, zmq.NOBLOCK)
         except zmq.Again:
             return
-
-    # --- asking the exporter, and being asked ---
-
-    def _pass_on(self, engine: Any) -> Held | None:
-        """The newest snapshot of an engine whose exporter this process is, for another API server."""
-        held = self.held(engine) if isinstance(engine, int) and 0 <= engine < len(self.engines) else None
-        if held is None:
-            return None
-        raw = encode(held.snapshot)
-        lease_s = held.expires_at - self._clock()  # P2: the last look, just before it is written
-        return (lease_s, raw) if lease_s > 0 else None
-
-    async def _fetch_next(self, engine: int) -> Exportable | None:
-        """Who asks while one is under way shares the next one: an answer from before the question could be older than
-        what another API server has exported meanwhile (P3)."""
-        view = self.engines[engine]
-        async with view.fetching:
-            view.next_fetch = None
-            try:
-                async with asyncio.timeout(ASK_DEADLINE_S):
-                    return await self._fetch(engine)
-            except TimeoutError:
-                return None
-
-    async def _fetch(self, engine: int) -> Exportable | None:
-        """Ask whom the newest grant names; whenever a newer one comes, ask that one instead. None once the engine is
-        silent: then nobody may export."""
-        view = self.engines[engine]
-        while self._clock() - view.heard_at < self._lease_s:
-            grant = view.grant
-            held = self.held(engine)
-            if held is not None:
-                return held
-            if grant is not None and grant.names(self._identity.index, self._identity.incarnation):
-                await view.news()  # ours, but run out: the next snapshot may renew it
-                continue
-            answer = await self._ask(engine, grant)
-            if answer is not None:
-                return answer
-            await view.changes(grant)
-        return None
-
-    async def _ask(self, engine: int, grant: Grant | None) -> Exportable | None:
-        """None: nobody to ask, no answer, or one at an older term than what is known here."""
-        if grant is None or grant.api_server >= self._num_api_servers:
-            return None
-        asked_at = self._clock()  # the lease in the answer is counted from here: earlier than it was written
-        view = self.engines[engine]
-        view.question = self._questions.ask(grant.api_server, engine)
-        found = await view.question
-        if found is None:
-            return None
-        lease_s, raw = found
-        try:
-            snapshot = self._check(decode_snapshot(raw))
-        except SnapshotError as error:
-            log.error("event=snapshot_refused engine=%d api_server=%d error=%r", engine, grant.api_server, str(error))
-            self._record.fault("snapshot")
-            return None
-        newest = view.grant
-        is_older = newest is not None and (snapshot.grant is None or snapshot.grant.term < newest.term)
-        if is_older or snapshot.engine != engine:
-            return None
-        return Exportable(snapshot=snapshot, expires_at=asked_at + lease_s)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence, Set
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final
 
 import numpy as np
@@ -25,10 +25,12 @@ from metrics.deployment import API_SERVER, ENGINE, ROLES, SUPERVISOR, Deployment
 from metrics.exemplar_store import exemplars_path, read_exemplars
 from metrics.exemplars import Slots
 from metrics.exposition import (
+    MAX_PLANS,
     PROCESS_SCOPES,
     Exemplars,
     Part,
     Renderer,
+    Stack,
     Template,
     add_up,
     scrape_part,
@@ -36,10 +38,10 @@ from metrics.exposition import (
 from metrics.layout import Layout, Shape, build_layout
 from metrics.metric import Scope
 from metrics.process import python_info
-from metrics.store import StoreError, TallyReader, TallyReading, tally_path
+from metrics.store import StoreError, Tallies, TallyReader, tally_path
 
 Engines = Mapping[int, Exportable]
-Processes = Set[tuple[str, int, int]]  # (role, index, incarnation)
+Incarnations = Set[tuple[str, int, int]]  # (role, index, incarnation)
 
 IN_FLIGHT: Final = ("wholebatch:api_server_requests_in_flight", "wholebatch:api_server_prefill_tokens")
 
@@ -61,35 +63,50 @@ class Layouts:
         return [[layout.cell(name, engine=str(engine)) for engine in engines] for name in IN_FLIGHT]
 
 
-class ProcessTally:
-    """The tally file of one process index, and its process series: with gauges while the process lives."""
+class Processes:
+    """The tallies of one role, and the process series of all of them: with gauges of those that live."""
 
-    def __init__(self, directory: str, role: str, index: int, layout: Layout, *, label: str | None, log_stats: bool):
+    def __init__(self, directory: str, role: str, num: int, layout: Layout, *, log_stats: bool) -> None:
         self.role = role
-        self.index = index
-        self._reader = TallyReader(tally_path(directory, role, index), layout)
-        self._templates = {
-            is_alive: Template(layout, PROCESS_SCOPES, process=label, log_stats=log_stats, has_gauges=is_alive)
-            for is_alive in (False, True)
-        }
-        self._first = min(series.offset for series in layout.series if series.metric.scope in PROCESS_SCOPES)
-        self._made_from: object = None
-        self._part: Part | None = None
+        self.tallies = Tallies(directory, role, num, layout)
+        self._layout = layout
+        self._templates = [
+            {
+                is_alive: process_template(layout, f"{role}-{index}", log_stats=log_stats, has_gauges=is_alive)
+                for is_alive in (False, True)
+            }
+            for index in range(num)
+        ]
+        self._sorted_by: object = None
+        self.alive: list[int] = []  # indices
+        self.ended: list[int] = []
+        self._stacks = lru_cache(MAX_PLANS)(self._make_stack)  # they come back, and their plans with them
+        self._stack = self._stacks(())
 
-    def read(self) -> TallyReading | None:
-        """The last commit; None while there is no such file, or none that can be trusted."""
-        try:
-            return self._reader.read()
-        except StoreError:
-            return None
+    def read(self, alive: Incarnations) -> None:
+        """Bring everything up to date. A tally's gauges say something while the one that wrote it is among `alive`."""
+        self.tallies.read()
+        incarnations = self.tallies.incarnations
+        if self._sorted_by == (incarnations, alive):
+            return
+        self._sorted_by = incarnations.copy(), alive
+        found = [index for index, incarnation in enumerate(incarnations) if incarnation]
+        is_alive = {index: (self.role, index, incarnations[index]) in alive for index in found}
+        self.alive = [index for index in found if is_alive[index]]
+        self.ended = [index for index in found if not is_alive[index]]
+        self._stack = self._stacks(tuple(is_alive.items()))
 
-    def part(self, reading: TallyReading, is_alive: bool) -> Part:
-        """Its process series; the part made last for as long as nothing in it changes, which is for about a second."""
-        made_from = (reading.cells[self._first :].tobytes(), reading.created_unix, is_alive)
-        if self._part is None or self._made_from != made_from:
-            self._made_from = made_from
-            self._part = self._templates[is_alive].part(reading.cells, reading.created_unix)
-        return self._part
+    def part(self) -> Part:
+        """The process series."""
+        return self._stack.part(self.tallies.cells, self.tallies.created_unix)
+
+    def _make_stack(self, is_alive: tuple[tuple[int, bool], ...]) -> Stack:
+        return Stack(self._layout, [(index, self._templates[index][lives]) for index, lives in is_alive])
+
+
+def process_template(layout: Layout, label: str | None, *, log_stats: bool, has_gauges: bool = True) -> Template:
+    """The process series of one process."""
+    return Template(layout, PROCESS_SCOPES, process=label, log_stats=log_stats, has_gauges=has_gauges)
 
 
 class Scrape:
@@ -110,6 +127,8 @@ class Scrape:
         shape, index = layouts.shape, identity.index
         self._index = index
         self._itself = (API_SERVER, index, identity.incarnation)
+        self._alive_by: int | None = None  # version of the table
+        self._alive_now: Incarnations = frozenset([self._itself])
         self._layouts = layouts
         self._facts = facts
         self._exporter = exporter
@@ -122,18 +141,18 @@ class Scrape:
             Template(layouts[ENGINE], (Scope.ENGINE,), model_name=name, engine=engine, log_stats=log_stats)
             for engine in range(shape.num_engines)
         ]
-        indices = [(API_SERVER, i) for i in range(shape.num_api_servers)]
-        indices += [*((ENGINE, i) for i in range(shape.num_engines)), (SUPERVISOR, 0)]
-        self._processes = [
-            ProcessTally(directory, role, i, layouts[role], label=f"{role}-{i}", log_stats=log_stats)
-            for role, i in indices
-        ]
+        nums = {API_SERVER: shape.num_api_servers, ENGINE: shape.num_engines, SUPERVISOR: 1}
+        self._processes = {
+            role: Processes(directory, role, num, layouts[role], log_stats=log_stats) for role, num in nums.items()
+        }
         layout = layouts[API_SERVER]
         self._slots = Slots(layout)
         self._exemplar_paths = [exemplars_path(directory, API_SERVER, i) for i in range(shape.num_api_servers)]
-        self._labelled_own = self._processes[index]
-        self._own = ProcessTally(directory, API_SERVER, index, layout, label=None, log_stats=log_stats)
+        self._own = TallyReader(tally_path(directory, API_SERVER, index), layout)
+        self._own_process = process_template(layout, None, log_stats=log_stats)
+        self._labelled_own_process = process_template(layout, f"{API_SERVER}-{index}", log_stats=log_stats)
         self._cache_config = cache_config(facts)
+        self._scrape_part = lru_cache(MAX_PLANS)(self._make_scrape_part)
         self._python_info = scrape_part([("python_info", python_info(), 1.0)])
 
     @property
@@ -143,7 +162,9 @@ class Scrape:
     async def whole(self, asked: ScrapeRequest) -> bytes:
         """The body for the whole deployment."""
         engines = range(self.num_engines)
-        found = await asyncio.gather(*(self._exporter.series(engine) for engine in engines))
+        found = [self._exporter.look(engine) for engine in engines]
+        if None in found:
+            found = await asyncio.gather(*(self._exporter.series(engine) for engine in engines))
         exportable = {engine: one for engine, one in zip(engines, found, strict=True) if one is not None}
         return self._render(
             exportable, lambda fresh: [*self._shared_parts(asked), *self._engine_parts(fresh, engines)], asked
@@ -157,34 +178,33 @@ class Scrape:
 
     def processes(self, asked: ScrapeRequest) -> bytes:
         """The body for the process series of engines and the supervisor, which have no port of their own."""
-        parts, alive = [], self._alive()
-        for process in self._processes:
-            reading = process.read() if process.role != API_SERVER else None
-            if reading is not None:
-                parts.append(process.part(reading, (process.role, process.index, reading.incarnation) in alive))
-        return self._render({}, lambda fresh: parts, asked)
+        alive = self._alive()
+        without_port = [self._processes[role] for role in (ENGINE, SUPERVISOR)]
+        for processes in without_port:
+            processes.read(alive)
+        return self._render({}, lambda fresh: [processes.part() for processes in without_port], asked)
 
     def own(self, asked: ScrapeRequest) -> bytes:
         """The body for this process alone, without an engine's series; labelled as on the public port."""
-        return self._render({}, lambda fresh: self._own_parts(self._labelled_own, asked), asked)
+        return self._render({}, lambda fresh: self._own_parts(self._labelled_own_process, asked), asked)
 
     def admin(self, asked: ScrapeRequest) -> bytes:
         """The body for this process and the engines whose exporter it is."""
         held = {engine: self._exporter.held(engine) for engine in range(self.num_engines)}
         exportable = {engine: one for engine, one in held.items() if one is not None}
         return self._render(
-            exportable, lambda fresh: [*self._own_parts(self._own, asked), *self._engine_parts(fresh, [*fresh])], asked
+            exportable,
+            lambda fresh: [*self._own_parts(self._own_process, asked), *self._engine_parts(fresh, [*fresh])],
+            asked,
         )
 
     def in_flight(self, *, including_own: bool = True) -> InFlight:
         """What all API servers that live, or all others, wait for, by their last commits."""
-        total, alive = np.zeros(2), self._alive()
-        for process in self._processes:
-            is_wanted = process.role == API_SERVER and (including_own or process.index != self._index)
-            reading = process.read() if is_wanted else None
-            if reading is not None and (process.role, process.index, reading.incarnation) in alive:
-                total += reading.cells[self._layouts.in_flight_cells].sum(axis=1)
-        return InFlight(*total.tolist())
+        servers = self._processes[API_SERVER]
+        servers.read(self._alive())
+        wanted = [index for index in servers.alive if including_own or index != self._index]
+        found = servers.tallies.cells[:, self._layouts.in_flight_cells][wanted]  # (servers, gauges, engines)
+        return InFlight(*found.sum(axis=(0, 2)).tolist())
 
     def _render(self, engines: Engines, parts: Callable[[Engines], Sequence[Part]], asked: ScrapeRequest) -> bytes:
         """P2: an engine whose lease has run out by now, or by the time the body is ready, is left out."""
@@ -203,27 +223,23 @@ class Scrape:
 
     def _shared_parts(self, asked: ScrapeRequest) -> list[Part]:
         """Request-level series summed, and each process's own."""
-        parts = [self._python_info]
-        tallies = []
         alive = self._alive()
-        for process in self._processes:
-            reading = process.read()
-            if reading is None:
-                continue
-            is_alive = (process.role, process.index, reading.incarnation) in alive
-            parts.append(process.part(reading, is_alive))
-            if process.role == API_SERVER:
-                tallies.append((reading.cells, reading.created_unix, is_alive))
-        cells, created_unix = add_up(self._layouts[API_SERVER], tallies)
-        return [self._requests.part(cells, created_unix, self._exemplars(self._exemplar_paths, asked)), *parts]
+        for processes in self._processes.values():
+            processes.read(alive)
+        servers = self._processes[API_SERVER]
+        cells = add_up(self._layouts[API_SERVER], servers.tallies.cells, servers.ended)
+        created_unix = float(servers.tallies.created_unix.max())  # one tally begun anew is a reset of the sum
+        requests = self._requests.part(cells, created_unix, self._exemplars(self._exemplar_paths, asked))
+        return [self._python_info, requests, *(processes.part() for processes in self._processes.values())]
 
-    def _own_parts(self, own: ProcessTally, asked: ScrapeRequest) -> list[Part]:
-        parts = [self._python_info]
-        reading = own.read()
-        if reading is not None:
-            exemplars = self._exemplars([self._exemplar_paths[self._index]], asked)
-            parts += [self._requests.part(reading.cells, reading.created_unix, exemplars), own.part(reading, True)]
-        return parts
+    def _own_parts(self, process: Template, asked: ScrapeRequest) -> list[Part]:
+        try:
+            reading = self._own.read()
+        except StoreError:
+            return [self._python_info]
+        exemplars = self._exemplars([self._exemplar_paths[self._index]], asked)
+        requests = self._requests.part(reading.cells, reading.created_unix, exemplars)
+        return [self._python_info, requests, process.part(reading.cells, reading.created_unix)]
 
     def _exemplars(self, paths: Sequence[str], asked: ScrapeRequest) -> Exemplars:
         """Nothing is read for a format that has none."""
@@ -231,17 +247,22 @@ class Scrape:
 
     def _engine_parts(self, fresh: Engines, engines: Sequence[int]) -> list[Part]:
         """The series of those that are fresh; of the others only that they are absent."""
-        name = self._facts.model_name
-        up = [("wholebatch:exporter_up", {"engine": str(e)}, float(e in fresh)) for e in engines]
-        config = [("vllm:cache_config_info", self._cache_config | {"engine": str(e)}, 1.0) for e in fresh]
-        parts = [scrape_part([*up, *config], model_name=name)]
+        parts = [self._scrape_part(tuple(engines), frozenset(fresh))]
         for engine, one in fresh.items():
             cells = np.frombuffer(one.snapshot.cells, dtype="<f8")
             parts.append(self._engines[engine].part(cells, one.snapshot.created_unix))
         return parts
 
-    def _alive(self) -> Processes:
-        """Which incarnations run: a tally's gauges say something while the one that wrote it is among them."""
+    def _make_scrape_part(self, engines: tuple[int, ...], fresh: frozenset[int]) -> Part:
+        up = [("wholebatch:exporter_up", {"engine": str(e)}, float(e in fresh)) for e in engines]
+        config = [("vllm:cache_config_info", self._cache_config | {"engine": str(e)}, 1.0) for e in sorted(fresh)]
+        return scrape_part([*up, *config], model_name=self._facts.model_name)
+
+    def _alive(self) -> Incarnations:
+        """Which incarnations run."""
         table = self._table()
-        alive = {(p.role, p.index, p.incarnation) for p in (table.processes if table else ()) if p.state != "ended"}
-        return alive | {self._itself}
+        if table is not None and table.version != self._alive_by:
+            self._alive_by = table.version
+            alive = {(p.role, p.index, p.incarnation) for p in table.processes if p.state != "ended"}
+            self._alive_now = frozenset(alive | {self._itself})
+        return self._alive_now

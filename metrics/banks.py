@@ -17,7 +17,6 @@ from __future__ import annotations
 import struct
 import sys
 import zlib
-from array import array
 from typing import Final, NamedTuple
 
 from metrics.layout import Layout
@@ -58,7 +57,7 @@ def bank_bytes(num_cells: int) -> int:
 
 def bank_offset(sequence: int, num_cells: int) -> int:
     """Where commit `sequence` is written."""
-    return BANKS_OFFSET + sequence % 2 * bank_bytes(num_cells)
+    return BANKS_OFFSET + sequence % 2 * (_BANK.size + CELL_BYTES * num_cells)
 
 
 def encode_header(layout: Layout, created_unix: float) -> bytes:
@@ -82,19 +81,12 @@ def check_header(header: bytes, layout: Layout) -> float:
 
 def encode_bank(header_crc: int, bank: Bank) -> bytes:
     """One commit's bank, `header_crc` being the CRC of the file's header."""
-    head = _BANK.pack(bank.sequence, bank.incarnation, _crc(header_crc, bank))
+    head = _BANK.pack(bank.sequence, bank.incarnation, _crc(header_crc, *bank))
     return head + bank.cells
 
 
-def decode_bank(header_crc: int, raw: bytes) -> Bank | None:
-    """What was committed, or None where the CRC does not match."""
-    sequence, incarnation, crc = _BANK.unpack_from(raw)
-    bank = Bank(sequence, incarnation, raw[_BANK.size :])
-    return bank if crc == _crc(header_crc, bank) else None
-
-
-def _crc(header_crc: int, bank: Bank) -> int:
-    return zlib.crc32(bank.cells, zlib.crc32(_BANK.pack(bank.sequence, bank.incarnation, 0), header_crc))
+def _crc(header_crc: int, sequence: int, incarnation: int, cells: bytes | memoryview) -> int:
+    return zlib.crc32(cells, zlib.crc32(_BANK.pack(sequence, incarnation, 0), header_crc))
 
 
 class Memory:
@@ -121,6 +113,14 @@ class Memory:
     def copy(self, offset: int, size: int) -> bytes:
         return bytes(self._bytes[offset : offset + size])
 
+    def head(self, offset: int) -> tuple[int, int, int]:
+        """Sequence, incarnation and CRC of a bank."""
+        return _BANK.unpack_from(self._bytes, offset)
+
+    def copy_into(self, buffer: memoryview, offset: int) -> None:
+        """As many bytes as the buffer has."""
+        buffer[:] = self._bytes[offset : offset + len(buffer)]
+
     def release(self) -> None:
         """Let go of the buffer, so that its map can be closed."""
         self._words.release()
@@ -141,17 +141,15 @@ def commit(memory: Memory, header_crc: int, bank: Bank) -> None:
     memory.flip(bank.sequence)
 
 
-def read(memory: Memory, header_crc: int) -> Bank | None:
-    """The last commit, or None where one passed meanwhile or the bytes are damaged: try again, a bounded number of
-    times."""
+def read(memory: Memory, header_crc: int, cells: memoryview) -> tuple[int, int] | None:
+    """Read the last commit's cells, as bytes, and return its sequence and incarnation. None where one passed meanwhile
+    or the bytes are damaged, and the cells are anything: try again, a bounded number of times."""
     sequence = memory.sequence()
-    raw = memory.copy(bank_offset(sequence, memory.num_cells), bank_bytes(memory.num_cells))
+    offset = bank_offset(sequence, memory.num_cells)
+    committed, incarnation, crc = memory.head(offset)
+    memory.copy_into(cells, offset + _BANK.size)
     if memory.sequence() != sequence:
         return None
-    bank = decode_bank(header_crc, raw)
-    return bank if bank is not None and bank.sequence == sequence else None
-
-
-def to_array(cells: bytes) -> array[float]:
-    """Committed cells as a tally's working array."""
-    return array("d", cells)
+    if committed != sequence or crc != _crc(header_crc, committed, incarnation, cells):
+        return None
+    return committed, incarnation

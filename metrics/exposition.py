@@ -5,12 +5,13 @@ One answer is put together from parts. A part is the series of some tally (or ma
     engine = Template(engine_layout, (Scope.ENGINE,), model_name=name, engine=0)  # one an engine
     requests = Template(api_server_layout, (Scope.REQUEST,), model_name=name)  # `engine` is in the layout
     process = Template(layout, PROCESS_SCOPES, process="api-server-2")  # on an admin port: process=None
-    cells, created_unix = add_up(api_server_layout, [(reading.cells, reading.created_unix, is_alive), …])
+    processes = Stack([(row, process), …])  # of tallies that are rows of one matrix
+    cells = add_up(api_server_layout, tallies.cells, ended=[…])
 
     parts = [
         engine.part(np.frombuffer(snapshot.cells), snapshot.created_unix),
         requests.part(cells, created_unix),
-        process.part(reading.cells, reading.created_unix),
+        processes.part(tallies.cells, created_unix_of_rows),
         scrape_part([("wholebatch:exporter_up", {"engine": "0"}, 1.0)], model_name=name),
     ]
     form = choose_format(request.headers.get("Accept", ""))
@@ -46,10 +47,12 @@ from metrics.layout import Labels, Layout, Series
 from metrics.metric import Kind, Metric, Scope
 
 PROCESS_SCOPES: Final = (Scope.PROCESS, Scope.AUDIT)
+BLOCK_VALUES: Final = 32  # written again where one of them has changed
 MAX_PLANS: Final = 16  # P9: an answer's parts change with what is alive, and come back
 
 Cells = npt.NDArray[np.float64]
 Exemplars = Mapping[int, Exemplar]
+NO_VALUES: Final[Cells] = np.zeros(0)
 NO_EXEMPLARS: Final[Exemplars] = MappingProxyType({})
 
 
@@ -137,11 +140,13 @@ def _exemplar(exemplar: Exemplar) -> str:
 
 
 class Line(NamedTuple):
-    """One sample's name and labels. `ends_series` marks the last line of a counter's or histogram's series."""
+    """One sample's name and labels. `ends_series` marks the last line of a counter's or histogram's series, `tally` is
+    which of the part's tallies the series is of."""
 
     suffix: str
     labels: Labels
     ends_series: bool
+    tally: int = 0
 
     def text(self, name: str) -> str:
         """All that stands before the value."""
@@ -154,21 +159,23 @@ class Lines:
     """The samples of a part, families in any order; equal only to itself, since it is a key."""
 
     families: tuple[tuple[Metric, tuple[Line, ...]], ...]
+    num_tallies: int = 1
 
 
 class Part(NamedTuple):
-    """Series and their values: one value a line, in the lines' order. Exemplars are by line."""
+    """Series and their values: one value a line, in the lines' order. `created_unix` is of each tally that they are of,
+    exemplars are by line."""
 
     lines: Lines
     values: Cells
-    created_unix: float
+    created_unix: Cells
     exemplars: Exemplars = NO_EXEMPLARS
 
 
 class Template:
     """The prepared series of one kind of tally, some scopes of it, with the labels that are constant in it."""
 
-    __slots__ = ("_buckets", "_counts", "_cumulated", "_lines", "_sources", "_totals")
+    __slots__ = ("_buckets", "_exemplar_lines", "_lines", "_sources")
 
     def __init__(
         self,
@@ -181,34 +188,65 @@ class Template:
         log_stats: bool = True,
         has_gauges: bool = True,
     ) -> None:
-        sources: list[int] = []  # of each line: the cell it shows, before buckets are cumulated
-        buckets: dict[int, list[range]] = {}  # number of buckets → their lines, of each histogram
+        shown = [
+            series
+            for series in layout.series
+            if series.metric.scope in scopes and (has_gauges if series.metric.kind is Kind.GAUGE else log_stats)
+        ]
+        histograms = [series for series in shown if series.bounds is not None]
+        most = max((series.num_cells - 1 for series in histograms), default=0)
+        sources: list[int] = []  # of each line: where its value is among the cells and, after them, cumulated buckets
         families: dict[str, tuple[Metric, list[Line]]] = {}
-        for series in layout.series:
-            metric = series.metric
-            if metric.scope not in scopes or not (has_gauges if metric.kind is Kind.GAUGE else log_stats):
-                continue
-            constant = _constant_labels(metric, model_name, engine, process)
-            if series.bounds is not None:
-                first, num_buckets = len(sources), len(series.bounds) + 1
-                buckets.setdefault(num_buckets, []).append(range(first, first + num_buckets))
-            sources.extend(_sources(series))
-            families.setdefault(metric.name, (metric, []))[1].extend(_lines(series, constant))
+        cumulated = layout.num_cells
+        self._exemplar_lines: dict[int, int] = {}  # by bucket's cell
+        for series in shown:
+            if series.bounds is None:
+                sources.append(series.offset)
+            else:
+                infinity = len(series.bounds)
+                self._exemplar_lines |= {series.offset + i: len(sources) + i for i in range(infinity + 1)}
+                sources.extend(range(cumulated, cumulated + infinity + 1))
+                sources += [cumulated + infinity, series.offset + infinity + 1]  # count, sum
+                cumulated += most
+            constant = _constant_labels(series.metric, model_name, engine, process)
+            families.setdefault(series.metric.name, (series.metric, []))[1].extend(_lines(series, constant))
         self._lines = Lines(tuple((metric, tuple(lines)) for metric, lines in families.values()))
         self._sources = np.array(sources, dtype=np.intp)
-        self._cumulated = [np.array(ranges, dtype=np.intp) for ranges in buckets.values()]
-        self._totals = np.array([r[-1] for ranges in buckets.values() for r in ranges], dtype=np.intp)  # +Inf lines
-        self._counts = self._totals + 1
-        self._buckets = {sources[line]: line for ranges in buckets.values() for lines in ranges for line in lines}
+        # (number of histograms, most buckets of any): the cells behind a shorter one's buckets are cumulated in vain
+        offsets = np.array([series.offset for series in histograms], dtype=np.intp)[:, np.newaxis]
+        self._buckets = np.minimum(offsets + np.arange(most), layout.num_cells - 1)
 
     def part(self, cells: Cells, created_unix: float, exemplars: Exemplars = NO_EXEMPLARS) -> Part:
         """These series with a tally's values, which count since `created_unix`, and exemplars by bucket's cell."""
-        values = cells[self._sources]
-        for lines in self._cumulated:  # (number of histograms, number of buckets)
-            values[lines] = np.cumsum(values[lines], axis=1)
-        values[self._counts] = values[self._totals]
-        by_line = {self._buckets[cell]: one for cell, one in exemplars.items() if cell in self._buckets}
-        return Part(self._lines, values, created_unix, by_line)
+        cumulated = np.cumsum(cells[self._buckets], axis=1)
+        values = np.concatenate([cells, cumulated.ravel()])[self._sources]
+        lines = self._exemplar_lines
+        by_line = {lines[cell]: one for cell, one in exemplars.items() if cell in lines}
+        return Part(self._lines, values, np.array([created_unix]), by_line)
+
+
+class Stack:
+    """Templates without histograms as one, for tallies that are rows of one matrix."""
+
+    __slots__ = ("_lines", "_rows", "_sources")
+
+    def __init__(self, layout: Layout, templates: Sequence[tuple[int, Template]]) -> None:
+        """Of each tally its row, and its template."""
+        for _, template in templates:
+            assert not template._buckets.size, "a histogram's buckets are cumulated tally by tally"
+        stacked = [
+            (metric, tuple(line._replace(tally=tally) for line in lines))
+            for tally, (_, template) in enumerate(templates)
+            for metric, lines in template._lines.families
+        ]
+        self._lines = Lines(tuple(stacked), len(templates))
+        self._rows = np.array([row for row, _ in templates], dtype=np.intp)
+        sources = [template._sources + row * layout.num_cells for row, template in templates]
+        self._sources = np.concatenate([np.zeros(0, dtype=np.intp), *sources])
+
+    def part(self, cells: Cells, created_unix: Cells) -> Part:
+        """From all rows of the matrix, (number of rows, num_cells), and since when each row counts."""
+        return Part(self._lines, cells.ravel()[self._sources], created_unix[self._rows])
 
 
 def _constant_labels(metric: Metric, model_name: str, engine: int | None, process: str | None) -> Labels:
@@ -221,16 +259,6 @@ def _constant_labels(metric: Metric, model_name: str, engine: int | None, proces
     if metric.scope in PROCESS_SCOPES and process is not None:
         labels.append(("process", process))
     return tuple(labels)
-
-
-def _sources(series: Series) -> Iterator[int]:
-    if series.bounds is None:
-        yield series.offset
-        return
-    infinity = series.offset + len(series.bounds)
-    yield from range(series.offset, infinity + 1)
-    yield infinity  # becomes the count
-    yield infinity + 1  # the sum
 
 
 def _lines(series: Series, constant: Labels) -> Iterator[Line]:
@@ -253,7 +281,7 @@ def scrape_part(samples: Iterable[tuple[str, Mapping[str, str], float]], *, mode
     samples = tuple(samples)
     described = tuple((name, tuple(sorted(labels.items()))) for name, labels, _ in samples)
     values = np.array([value for _, _, value in samples], dtype=np.float64)
-    return Part(_scrape_lines(described, model_name), values, 0.0)
+    return Part(_scrape_lines(described, model_name), values, np.zeros(1))
 
 
 @lru_cache(maxsize=MAX_PLANS)
@@ -268,15 +296,13 @@ def _scrape_lines(described: tuple[tuple[str, Labels], ...], model_name: str) ->
     return Lines(tuple(families))
 
 
-def add_up(layout: Layout, tallies: Iterable[tuple[Cells, float, bool]]) -> tuple[Cells, float]:
-    """The sum of tallies of one layout, (cells, created_unix, is_alive) each, and since when it counts: gauges of ended
-    processes are left out, their counters stay."""
-    total = np.zeros(layout.num_cells)
-    created_unix = 0.0
-    for cells, created, is_alive in tallies:
-        total += cells if is_alive else np.where(layout.gauges, 0.0, cells)
-        created_unix = max(created_unix, created)  # one tally begun anew is a reset of the sum
-    return total, created_unix
+def add_up(layout: Layout, cells: Cells, ended: Sequence[int]) -> Cells:
+    """The sum of tallies of one layout, the rows of `cells`: gauges of processes that have ended (their rows) are left
+    out, their counters stay."""
+    total: Cells = cells.sum(axis=0)
+    if ended:
+        total[layout.gauges] = np.delete(cells, ended, axis=0)[:, layout.gauges].sum(axis=0)
+    return total
 
 
 # --- answers ---
@@ -302,19 +328,21 @@ class Renderer:
 
 class _Plan:
     """The text of some combination of parts, in pieces: every value stands between two texts. What was written last
-    is kept, so that an answer costs what has changed since: under load some hundred values of thousands."""
+    is kept, the pieces and the blocks that they make, so that an answer costs what has changed since: under load some
+    hundred values of thousands."""
 
-    __slots__ = ("_last", "_order", "_pieces", "_places")
+    __slots__ = ("_blocks", "_last", "_order", "_pieces", "_places")
 
     def __init__(self, is_openmetrics: bool, parts: tuple[Lines, ...]) -> None:
-        num_values = sum(len(lines) for part in parts for _, lines in part.families)
-        by_name: dict[str, list[tuple[Line, int, int]]] = {}  # (line, its value's index, its part's)
+        created = sum(len(lines) for part in parts for _, lines in part.families)  # behind all parts' values
+        by_name: dict[str, list[tuple[Line, int, int]]] = {}  # (line, its value's index, its created time's)
         index = 0
-        for number, part in enumerate(parts):
+        for part in parts:
             for metric, lines in part.families:
                 for line in lines:
-                    by_name.setdefault(metric.name, []).append((line, index, num_values + number))
+                    by_name.setdefault(metric.name, []).append((line, index, created + line.tally))
                     index += 1
+            created += part.num_tallies
         texts: list[str] = []
         order: list[int] = []  # of each value in the text: its index in all parts' values and created times
         head = ""
@@ -333,24 +361,38 @@ class _Plan:
         self._last = np.zeros(len(order))
         self._pieces = ["0.0"] * (2 * len(texts) - 1)
         self._pieces[::2] = texts
+        self._blocks = [self._block(number) for number in range(len(order) // BLOCK_VALUES + 1)]
 
     def render(self, parts: Sequence[Part]) -> bytes:
-        values = np.concatenate([*(part.values for part in parts), [part.created_unix for part in parts]])[self._order]
+        every = [*(part.values for part in parts), *(part.created_unix for part in parts), NO_VALUES]
+        values = np.concatenate(every)[self._order]
         changed = np.flatnonzero(values.view(np.int64) != self._last.view(np.int64))  # bits: -0.0 is not 0.0
         for place, text in zip(changed.tolist(), _format_all(values[changed]), strict=True):
             self._pieces[2 * place + 1] = text
+        for number in np.unique(changed // BLOCK_VALUES).tolist():
+            self._blocks[number] = self._block(number)
         self._last = values
-        pieces = self._with_exemplars(parts) if self._places else self._pieces
-        return "".join(pieces).encode()
+        return b"".join(self._with_exemplars(parts) if self._places else self._blocks)
 
-    def _with_exemplars(self, parts: Sequence[Part]) -> list[str]:
-        pieces = self._pieces.copy()
+    def _block(self, number: int) -> bytes:
+        first = 2 * BLOCK_VALUES * number
+        return "".join(self._pieces[first : first + 2 * BLOCK_VALUES]).encode()
+
+    def _with_exemplars(self, parts: Sequence[Part]) -> list[bytes]:
+        blocks = self._blocks.copy()
+        without: dict[int, str] = {}  # by piece: what stands there otherwise
         first = 0
         for part in parts:
             for line, exemplar in part.exemplars.items():
-                pieces[2 * self._places[first + line] + 1] += _exemplar(exemplar)
+                piece = 2 * self._places[first + line] + 1
+                without[piece] = self._pieces[piece]
+                self._pieces[piece] += _exemplar(exemplar)
             first += len(part.values)
-        return pieces
+        for number in {piece // (2 * BLOCK_VALUES) for piece in without}:
+            blocks[number] = self._block(number)
+        for piece, text in without.items():
+            self._pieces[piece] = text
+        return blocks
 
 
 def _header(metric: Metric, is_openmetrics: bool) -> str:

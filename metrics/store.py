@@ -4,14 +4,15 @@ One process writes a file, for as long as it lives; its next incarnation opens t
 Any other process may read it, without a lock. What is killed, at any instruction, leaves its last commit behind.
 
 A file that cannot be trusted (damaged, cut short, of another format or layout) is renamed aside, to one name, and a new
-one begun: `set_aside` says why, and the new `created_unix` announces the reset. Nothing is written to the disk's own
-time: the file outlives processes, not the host.
+one begun: `set_aside` says why, and the new `created_unix` announces the reset. It is not left at its size, by which
+those who have it mapped notice. Nothing is written to the disk's own time: the file outlives processes, not the host.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from array import array
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -23,8 +24,9 @@ from metrics.banks import Bank, Memory, StoreError
 from metrics.layout import Layout
 from metrics.tally import GaugesOnly, Tally
 
-__all__ = ["StoreError", "TallyReader", "TallyReading", "TallyStore", "tally_path"]
+__all__ = ["StoreError", "Tallies", "TallyReader", "TallyReading", "TallyStore", "tally_path"]
 
+UNREAD: Final = -1  # no sequence
 MAX_READ_ATTEMPTS: Final = 100  # each fails only if a commit passes during a copy of some kilobytes
 
 
@@ -94,15 +96,16 @@ class TallyStore:
     def _continue(cls, path: str, layout: Layout, make: type[Tally], incarnation: int) -> TallyStore:
         with open(path, "r+b") as file:
             opened = _map(file.fileno(), layout, writable=True)
-        bank = banks.read(opened.memory, opened.header_crc)
-        if bank is None:
+        cells = array("d", bytes(banks.CELL_BYTES * layout.num_cells))
+        read = banks.read(opened.memory, opened.header_crc, memoryview(cells).cast("B"))
+        if read is None:
             opened.close()
             raise _UntrustedError(f"{path}: the checksum does not match")
-        if bank.incarnation >= incarnation:
+        sequence, last = read
+        if last >= incarnation:
             opened.close()
-            raise StoreError(f"{path}: incarnation {incarnation} comes after {bank.incarnation}, which wrote the file")
-        tally = make(layout, banks.to_array(bank.cells))
-        store = cls(opened, tally, incarnation=incarnation, sequence=bank.sequence)
+            raise StoreError(f"{path}: incarnation {incarnation} comes after {last}, which wrote the file")
+        store = cls(opened, make(layout, cells), incarnation=incarnation, sequence=sequence)
         store.commit()
         return store
 
@@ -125,6 +128,8 @@ class TallyStore:
         store = cls(opened, make(layout), incarnation=incarnation, sequence=0, set_aside=set_aside)
         store.commit()
         if set_aside is not None:
+            if os.path.getsize(path) == size:
+                os.truncate(path, size + 1)
             os.replace(path, f"{path}.damaged")
         os.replace(unfinished, path)
         return store
@@ -142,50 +147,86 @@ class TallyReading(NamedTuple):
 class TallyReader:
     """The reader's side; keeps the file mapped between reads, and notices when it has been replaced."""
 
-    __slots__ = ("_inode", "_last", "_layout", "_opened", "_path")
+    __slots__ = ("_last", "_layout", "_opened", "_path", "_sequence", "_size", "created_unix", "incarnation")
 
     def __init__(self, path: str, layout: Layout) -> None:
         """The file need not exist yet."""
         self._path = path
         self._layout = layout
+        self._size = banks.file_bytes(layout.num_cells)
         self._opened: _Opened | None = None
-        self._inode = (0, 0)
-        self._last: TallyReading | None = None  # of the file that is open
+        self._sequence = UNREAD  # of the last commit that was read from the file that is open
+        self._last: TallyReading | None = None
+        self.incarnation = 0  # of the last commit that was read
+        self.created_unix = 0.0
 
     def read(self) -> TallyReading:
         """The last commit; the same object as before where there was none since. Raises StoreError: no such file, not
         one of this layout, damaged."""
-        opened, last = self._open(), self._last
-        if last is not None and opened.memory.sequence() == last.sequence:
-            return last
+        cells = np.empty(self._layout.num_cells)
+        if self.read_into(cells.data.cast("B")) or self._last is None:
+            cells.flags.writeable = False
+            self._last = TallyReading(self.incarnation, self.created_unix, self._sequence, cells)
+        return self._last
+
+    def read_into(self, cells: memoryview) -> bool:
+        """Read the last commit's cells, as bytes, unless it is the one read before: False. Raises StoreError, and then
+        the cells are anything."""
+        opened = self._opened
+        if opened is None or opened.map.size() != self._size:  # Measured: 0.2 µs, to look at the path 1.1
+            opened = self._open()
+        if opened.memory.sequence() == self._sequence:
+            return False
         for _ in range(MAX_READ_ATTEMPTS):
-            bank = banks.read(opened.memory, opened.header_crc)
-            if bank is not None:
-                cells = np.frombuffer(bank.cells, dtype="<f8")
-                self._last = TallyReading(bank.incarnation, opened.created_unix, bank.sequence, cells)
-                return self._last
+            read = banks.read(opened.memory, opened.header_crc, cells)
+            if read is not None:
+                self._sequence, self.incarnation = read
+                self.created_unix = opened.created_unix
+                return True
         self.close()
         raise StoreError(f"{self._path}: no consistent commit in {MAX_READ_ATTEMPTS} attempts")
 
     def close(self) -> None:
         """Let go of the file; the next `read` opens it anew."""
+        self._sequence = UNREAD
         if self._opened is not None:
             self._opened.close()
-            self._opened = self._last = None
+            self._opened = None
 
     def _open(self) -> _Opened:
+        self.close()
         try:
-            status = os.stat(self._path)
-            is_cut = status.st_size != banks.file_bytes(self._layout.num_cells)
-            if self._opened is None or is_cut or self._inode != (status.st_dev, status.st_ino):
-                self.close()
-                with open(self._path, "rb") as file:
-                    status = os.fstat(file.fileno())
-                    self._opened = _map(file.fileno(), self._layout, writable=False)
-                self._inode = (status.st_dev, status.st_ino)
-            return self._opened
+            with open(self._path, "rb") as file:
+                self._opened = _map(file.fileno(), self._layout, writable=False)
         except (OSError, _UntrustedError) as error:
             raise StoreError(f"{self._path}: {error}") from error
+        return self._opened
+
+
+class Tallies:
+    """The reader's side of all tallies of one role: the last commits as the rows of one matrix."""
+
+    __slots__ = ("_readers", "_rows", "cells", "created_unix", "incarnations")
+
+    def __init__(self, directory: str, role: str, num: int, layout: Layout) -> None:
+        """The files need not exist yet."""
+        self._readers = [TallyReader(tally_path(directory, role, index), layout) for index in range(num)]
+        self.cells = np.zeros((num, layout.num_cells))
+        self._rows = [row.data.cast("B") for row in self.cells]
+        # By index; 0, as the cells are, where there is no such file or none that can be trusted.
+        self.incarnations = [0] * num
+        self.created_unix = np.zeros(num)
+
+    def read(self) -> None:
+        """Bring all up to date. Costs 0.5 µs for a tally that has not changed, 3 µs for another."""
+        for index, (reader, row) in enumerate(zip(self._readers, self._rows, strict=True)):
+            try:
+                if not reader.read_into(row):
+                    continue
+                self.incarnations[index], self.created_unix[index] = reader.incarnation, reader.created_unix
+            except StoreError:
+                self.incarnations[index], self.created_unix[index] = 0, 0.0
+                self.cells[index] = 0.0
 
 
 class _UntrustedError(Exception):

@@ -1,9 +1,10 @@
 """What a scrape costs: ours over HTTP, N API servers and K engines, beside the multiprocess mode of prometheus_client.
 
 Ours is asked over a kept connection. The API server asked, where there are several, is not the exporter of any engine,
-as all but one are not: it has to ask that one. `tests.benchmarks.deployed` says what is real in this deployment and
-what stands in; every process counts and commits 50 times a second. Asked *back to back*, most tallies have not changed
-since the answer before; asked *20 times a second*, as inference gateways do, all have, and caches are cold.
+as all but one are not: it has to find out what that one holds. `tests.benchmarks.deployed` says what is real in this
+deployment and what stands in; every process counts and commits 50 times a second. Asked *back to back*, most tallies
+have not changed since the answer before; asked *20 times a second*, as inference gateways do, all have, and caches are
+cold.
 
 The other side holds the same series (every one of our catalogue's, in every process, as a server has them that keeps
 all of its statistics in each API server) and is only asked to collect and write them, without HTTP in front: the

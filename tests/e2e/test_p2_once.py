@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 
-import msgpack
-
-from frontend.held_snapshots import held_path
-from metrics.snapshot import Term, decode_snapshot
+from frontend.exporter import boottime
+from frontend.held_snapshots import HeldReader
 from tests.e2e.faults import Faults, frozen
-from tests.e2e.harness import Served, served, wait_for
+from tests.e2e.harness import Served, served, total, wait_for
 from tests.e2e.load import asks, run, steady_load
 from tests.e2e.watch import watched
 
@@ -32,20 +29,19 @@ def exports(deployment: Served, url: str) -> bool:
     return any(name == WITNESS for name, _ in deployment.metrics(url + "/metrics"))
 
 
-def granted_term(deployment: Served, index: int) -> Term | None:
-    """The term at which that process hands out the engine's snapshot; None where it does not."""
+def held(deployment: Served, index: int) -> bool:
+    """Whether that process says that it may export the engine's series."""
     [directory] = [path for path in deployment.runtime_directory.iterdir() if path.is_dir()]
-    with socket.socket(socket.AF_UNIX) as asking:
-        asking.settimeout(10)
-        asking.connect(held_path(str(directory), index))
-        asking.sendall(msgpack.packb([1, [0]]))
-        answer = msgpack.Unpacker()
-        while True:
-            answer.feed(asking.recv(65536))
-            for _, [held] in answer:
-                grant = None if held is None else decode_snapshot(held[1]).grant
-                assert held is None or grant is not None
-                return None if grant is None else grant.term
+    reader = HeldReader(str(directory), NUM_SERVERS, num_engines=1)
+    found = reader.read(index, 0)
+    reader.close()
+    return found is not None and boottime() < found.expires_at
+
+
+def exported_term(deployment: Served, url: str) -> float | None:
+    """The term at which that process exports the engine's series; None where it does not."""
+    samples = deployment.metrics(url + "/metrics")
+    return total(samples, "wholebatch:exporter_term") if any(name == WITNESS for name, _ in samples) else None
 
 
 def test_a_frozen_exporter_that_wakes_up_exports_nothing_that_another_holds(tiny_model: Path):
@@ -58,14 +54,14 @@ def test_a_frozen_exporter_that_wakes_up_exports_nothing_that_another_holds(tiny
         assert exports(deployment, urls[first])
         with frozen(pid):
             others = [index for index in range(NUM_SERVERS) if index != first]
-            term = wait_for(lambda: max((t for i in others if (t := granted_term(deployment, i))), default=None), "one")
+            [heir] = wait_for(lambda: [index for index in others if held(deployment, index)], "another exporter")
+            assert not held(deployment, first)
+            term = wait_for(lambda: exported_term(deployment, urls[heir]), "its answer")
         for _ in range(NUM_LOOKS):
             # It may be granted the series again, later: then at a greater term, and the other has stopped.
-            handed_out = granted_term(deployment, first)
-            assert handed_out is None or handed_out > term
-            if exports(deployment, urls[first]):
-                again = granted_term(deployment, first)
-                assert again is None or again > term
+            assert sum(held(deployment, index) for index in range(NUM_SERVERS)) <= 1
+            again = exported_term(deployment, urls[first])
+            assert again is None or again > term
         assert wait_for(lambda: sum(exports(deployment, url) for url in urls) == 1, "one exporter")
 
 

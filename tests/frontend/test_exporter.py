@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from frontend.exporter import EngineView, Exportable, boottime
-from frontend.held_snapshots import Questions
+from frontend.exporter import MAX_REMEMBERED, EngineView, boottime
+from frontend.held_snapshots import Held
 from frontend.scrape_request import scrape_request
 from metrics.deployment import API_SERVER
 from metrics.election import Holder
-from metrics.snapshot import decode_snapshot
 from tests.frontend.deployments import Deployed, Node, make_table, total, until
 
 PLAIN = scrape_request("", "", [])
@@ -131,68 +130,92 @@ async def test_who_has_just_started_waits_for_an_engines_first_snapshot(deploy: 
     assert await asking is not None
 
 
-async def test_a_question_is_in_vain_once_another_has_the_grant(deploy: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("frontend.exporter.ASK_DEADLINE_S", 10.0)
+async def test_who_heard_more_than_the_exporter_exports_what_the_exporter_does(deploy: Any):
     deployed = await deploy(2)
+    beacon = deployed.beacons[0]
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
-    await until(lambda: other.serving.exporter.engines[0].grant is not None)
-    unanswered = asyncio.get_running_loop().create_future()
-    monkeypatch.setattr(other.serving.exporter._questions, "ask", lambda api_server, engine: unanswered)
-    asking = asyncio.create_task(other.serving.exporter.series(0))
-    await until(lambda: other.serving.exporter.engines[0].question is not None)
-    holder.serving.exporter.resign()
-    async with asyncio.timeout(5):
-        assert await asking is not None
-    assert other.is_exporter()
-
-
-async def test_an_answer_at_an_older_term_than_what_is_known_is_refused(deploy: Any):
-    deployed = await deploy(2)
-    holder = await exporter(deployed)
-    (other,) = [node for node in deployed.nodes if node is not holder]
-    await until(lambda: other.serving.exporter.engines[0].grant is not None)
+    deployed.pause_beacons()
+    await asyncio.sleep(0.05)
     held = holder.serving.exporter.held(0)
     assert held is not None
-    assert held.snapshot.grant is not None
-    old_grant = replace(held.snapshot.grant, term=(0, 9))
-    old = Exportable(snapshot=replace(held.snapshot, grant=old_grant), expires_at=held.expires_at + 3600)
-    holder.serving.exporter.held = lambda engine: old  # type: ignore[method-assign]
-    assert await other.serving.exporter.series(0) is None
+    beacon.tally.inc(beacon.layout.cell(GENERATED), 42)
+    ahead = beacon.turn()
+    other.serving.exporter._on_snapshot(ahead)
+    assert (await other.serving.exporter.series(0)) == held
+    holder.serving.exporter._on_snapshot(ahead)
+    found = await other.serving.exporter.series(0)
+    assert found == holder.serving.exporter.held(0)
+    assert found is not None
+    assert found.snapshot == ahead
 
 
-async def test_the_snapshot_itself_is_given_by_its_exporter_only(deploy: Any):
-    deployed = await deploy(2)
-    holder = await exporter(deployed)
-    questions = Questions(deployed.directory)
-    for index, node in enumerate(deployed.nodes):
-        async with asyncio.timeout(10):
-            held, unknown = await asyncio.gather(questions.ask(index, 0), questions.ask(index, 7))
-        assert unknown is None
-        assert (held is not None) == (node is holder)
-        if held is not None:
-            lease_s, raw = held
-            assert 0 < lease_s <= 0.6
-            assert decode_snapshot(raw).engine == 0
-    questions.close()
-
-
-async def test_who_asks_at_the_same_time_shares_one_question(deploy: Any):
+async def test_who_heard_less_than_the_exporter_waits_for_it(deploy: Any):
     deployed = await deploy(2)
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
-    asked = 0
-    held = holder.serving.exporter.held
+    deployed.pause_beacons()
+    await asyncio.sleep(0.05)
+    behind = other.serving.exporter.engines[0]
+    other.serving.exporter._reader._on_messages = lambda messages: None
+    ahead = deployed.beacons[0].turn()
+    await until(lambda: holder.serving.exporter.engines[0].holder.snapshot == ahead)
+    assert behind.grant is not None
+    asking = asyncio.create_task(other.serving.exporter.series(0))
+    await asyncio.sleep(0.02)
+    assert not asking.done()
+    other.serving.exporter._on_snapshot(ahead)
+    found = await asking
+    assert found is not None
+    assert found.snapshot == ahead
 
-    def counted(engine: int) -> Any:
-        nonlocal asked
-        asked += 1
-        return held(engine)
 
-    holder.serving.exporter.held = counted  # type: ignore[method-assign]
-    found = await asyncio.gather(*(other.serving.exporter.series(0) for _ in range(20)))
-    assert all(one is not None for one in found)
-    assert asked == 1
+async def test_what_an_exporter_that_is_frozen_holds_is_not_exported_longer_than_its_right(deploy: Any):
+    deployed = await deploy(2)
+    holder = await exporter(deployed)
+    (other,) = [node for node in deployed.nodes if node is not holder]
+    await until(lambda: other.serving.exporter.look(0) is not None)
+    deployed.pause_beacons()
+    found = other.serving.exporter.look(0)
+    assert found is not None
+    for expires_at, is_exported in ((boottime() + 10, True), (boottime(), False)):
+        holder.serving.exporter._writer.hold(0, Held(found.snapshot.position, expires_at))
+        assert (other.serving.exporter.look(0) is not None) == is_exported
+
+
+async def test_an_exporter_that_has_ended_is_not_read(deploy: Any):
+    deployed = await deploy(2)
+    holder = await exporter(deployed)
+    (other,) = [node for node in deployed.nodes if node is not holder]
+    await until(lambda: other.serving.exporter.look(0) is not None)
+    deployed.pause_beacons()
+    holder.serving.exporter._writer.close()
+    assert other.serving.exporter.look(0) is None
+
+
+async def test_what_is_held_at_an_older_term_than_what_is_known_is_refused(deploy: Any):
+    deployed = await deploy(2)
+    holder = await exporter(deployed)
+    (other,) = [node for node in deployed.nodes if node is not holder]
+    await until(lambda: other.serving.exporter.look(0) is not None)
+    deployed.pause_beacons()
+    await asyncio.sleep(0.05)
+    newest = other.serving.exporter.engines[0].holder.snapshot
+    assert newest is not None
+    assert newest.grant is not None
+    term = (newest.grant.term[0], newest.grant.term[1] + 1)
+    newer = replace(newest, sequence=newest.sequence + 1, grant=replace(newest.grant, term=term))
+    other.serving.exporter._on_snapshot(newer)
+    assert other.serving.exporter.look(0) is None
+
+
+async def test_the_snapshots_remembered_are_bounded(deploy: Any):
+    deployed = await deploy(1)
+    view = (await exporter(deployed)).serving.exporter.engines[0]
+    await until(lambda: len(view._latest) == MAX_REMEMBERED)
+    first = view._latest[0]
+    await until(lambda: view.snapshot_at(first.position) is None)
+    assert len(view._latest) == MAX_REMEMBERED
 
 
 async def test_one_engines_series_stand_alone_under_their_own_path(deploy: Any):

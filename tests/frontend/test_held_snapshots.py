@@ -1,119 +1,115 @@
-"""One API server asks another for the snapshots it holds: in one question a turn, without waiting, bounded."""
+"""What an API server may export, as others read it: while it lives, and not what a kill or a freeze left torn."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import socket
-import tempfile
-from collections.abc import Iterator
-from typing import Any
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
-import msgpack
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from frontend import held_snapshots
-from frontend.held_snapshots import MAX_OUTSTANDING, Held, HeldSnapshots, Questions, held_path
+from frontend.held_snapshots import NOTHING, Held, HeldReader, HeldWriter, held_path
 
-ANSWER = (0.5, b"snapshot")
+SLOT_BYTES = held_snapshots._SLOT_BYTES
+HELD = Held((3, 77), 12.5)
 
 
 @pytest.fixture
-def directory() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="wb") as directory:
-        yield directory
+def directory(tmp_path: Path) -> str:
+    return str(tmp_path)
 
 
-class Asked:
-    """API server 3, which holds engine 0's snapshot, and counts what it was sent."""
-
-    def __init__(self, directory: str) -> None:
-        self.engines: list[Any] = []
-        self.server = HeldSnapshots(directory, 3, self._held)
-
-    def _held(self, engine: Any) -> Held | None:
-        self.engines.append(engine)
-        return ANSWER if engine == 0 else None
+def reader_in(directory: str) -> HeldReader:
+    return HeldReader(directory, num_api_servers=4, num_engines=2)
 
 
-async def answers(*futures: asyncio.Future[Held | None]) -> list[Held | None]:
-    async with asyncio.timeout(10):
-        return await asyncio.gather(*futures)
-
-
-async def test_what_is_asked_in_one_turn_is_one_question(directory: str, monkeypatch: pytest.MonkeyPatch):
-    sent = []
-    send = held_snapshots._Connection.send
-    monkeypatch.setattr(held_snapshots._Connection, "send", lambda c, m: (sent.append(m), send(c, m)))
-    asked, questions = Asked(directory), Questions(directory)
-    await asked.server._starting
-    assert await answers(questions.ask(3, 0)) == [ANSWER]
-    assert await answers(*(questions.ask(3, engine) for engine in (0, 1, 0))) == [ANSWER, None, ANSWER]
-    assert asked.engines == [0, 0, 1, 0]
-    assert [message for message in sent if type(message[1][0]) is int] == [[1, [0]], [2, [0, 1, 0]]]
-    questions.close()
-    asked.server.close()
-
-
-async def test_who_is_not_there_or_goes_has_nothing_and_its_successor_is_asked(directory: str):
-    questions = Questions(directory)
-    assert await answers(questions.ask(3, 0)) == [None]
-    for _ in range(2):
-        asked = Asked(directory)
-        await asked.server._starting
-        assert await answers(questions.ask(3, 0)) == [ANSWER]
-        asked.server.close()
-        await asyncio.sleep(0.05)
-    assert await answers(questions.ask(3, 0)) == [None]
-    questions.close()
-
-
-async def test_questions_to_one_that_does_not_answer_are_bounded_and_end_with_it(directory: str):
-    questions = Questions(directory)
-    with socket.socket(socket.AF_UNIX) as frozen:
-        frozen.bind(held_path(directory, 3))
-        frozen.listen()
-        waiting = []
-        for _ in range(MAX_OUTSTANDING):
-            waiting.append(questions.ask(3, 0))
-            await asyncio.sleep(0.001)
-        assert await answers(questions.ask(3, 0)) == [None]
-        assert not any(one.done() for one in waiting)
-    assert await answers(*waiting) == [None] * MAX_OUTSTANDING
-    questions.close()
-
-
-@pytest.mark.parametrize("raw", [b"\xc1", msgpack.packb(7), msgpack.packb([1]), msgpack.packb([1, 2])])
-async def test_what_is_no_question_ends_the_connection_and_nothing_else(directory: str, raw: bytes):
-    asked, questions = Asked(directory), Questions(directory)
-    await asked.server._starting
-    reader, writer = await asyncio.open_unix_connection(held_path(directory, 3))
-    writer.write(raw)
-    async with asyncio.timeout(10):
-        with contextlib.suppress(ConnectionResetError):
-            assert await reader.read() == b""
+def test_what_is_held_is_read_by_all_others_until_it_is_let_go(directory: str):
+    writer, readers = HeldWriter(directory, 3, 2), [reader_in(directory), reader_in(directory)]
+    for reader in readers:
+        assert reader.read(3, 0) == NOTHING
+    writer.hold(0, HELD)
+    writer.hold(1, Held((1, 2), 0.5))
+    for reader in readers:
+        assert [reader.read(3, engine) for engine in (0, 1)] == [HELD, Held((1, 2), 0.5)]
+        assert reader.read(2, 0) is None
+    writer.hold(0, NOTHING)
+    for reader in readers:
+        assert [reader.read(3, engine) for engine in (0, 1)] == [NOTHING, Held((1, 2), 0.5)]
+        reader.close()
     writer.close()
-    assert await answers(questions.ask(3, 0)) == [ANSWER]
-    questions.close()
-    asked.server.close()
 
 
-@pytest.mark.parametrize("answer", [7, [1], [2, []], [1, [7]], [1, [[0.5, "text"]]], [1, [[1, b""]]]])
-async def test_what_is_no_answer_ends_the_connection(directory: str, answer: Any):
-    ended = asyncio.Event()
-
-    async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1)
-        writer.write(msgpack.packb(answer))
-        await reader.read()
-        ended.set()
+def test_who_has_ended_holds_nothing_and_its_successor_nothing_of_it(directory: str):
+    reader = reader_in(directory)
+    for incarnation in range(3):
+        assert reader.read(3, 0) is None
+        writer = HeldWriter(directory, 3, 2)
+        assert reader.read(3, 0) == NOTHING
+        writer.hold(0, Held((1, incarnation), 9.0))
+        assert reader.read(3, 0) == Held((1, incarnation), 9.0)
         writer.close()
+    assert reader.read(3, 0) is None
+    assert os.listdir(directory) == ["api-server-3.held"]
+    assert os.path.getsize(held_path(directory, 3)) == 2 * SLOT_BYTES
 
-    server = await asyncio.start_unix_server(babble, held_path(directory, 3))
-    questions = Questions(directory)
-    question = questions.ask(3, 0)
-    async with asyncio.timeout(10):
-        await ended.wait()
-    assert not question.done() or question.result() is None
-    questions.close()
-    server.close()
+
+def test_a_killed_process_holds_nothing_from_the_instant_that_its_end_is_seen(directory: str):
+    program = (
+        "import sys\n"
+        "from frontend.held_snapshots import Held, HeldWriter\n"
+        "writer = HeldWriter(sys.argv[1], 3, 2)\n"
+        "writer.hold(0, Held((3, 77), 12.5))\n"
+        "print(flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    reader, root = reader_in(directory), Path(__file__).parents[2]
+    for _ in range(3):
+        command = [sys.executable, "-c", program, directory]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline()
+            assert reader.read(3, 0) == HELD
+            descriptor = os.pidfd_open(child.pid)
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOWAIT)
+            assert reader.read(3, 0) is None
+            os.close(descriptor)
+
+
+@given(written=st.integers(0, SLOT_BYTES))
+def test_a_slot_of_which_any_part_was_written_is_the_old_one_or_the_new_one_or_nothing(
+    tmp_path_factory: pytest.TempPathFactory, written: int
+):
+    directory = str(tmp_path_factory.mktemp("held"))
+    writer, reader = HeldWriter(directory, 0, 1), HeldReader(directory, 1, 1)
+    new = Held((4, 1), 99.0)
+    writer.hold(0, new)
+    content = Path(held_path(directory, 0)).read_bytes()
+    writer.hold(0, HELD)
+    with open(held_path(directory, 0), "r+b") as file:
+        file.write(content[:written])
+    assert reader.read(0, 0) in (HELD, new, None)
+    writer.close()
+    reader.close()
+
+
+def test_only_one_process_holds_at_an_index(directory: str):
+    writer = HeldWriter(directory, 3, 2)
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        HeldWriter(directory, 3, 2)
+    writer.close()
+
+
+@pytest.mark.parametrize("size", [0, SLOT_BYTES, 2 * SLOT_BYTES - 1, 3 * SLOT_BYTES])
+def test_a_file_of_another_size_says_nothing(directory: str, size: int):
+    writer, reader = HeldWriter(directory, 3, 2), reader_in(directory)
+    writer.hold(1, HELD)
+    assert reader.read(3, 1) == HELD
+    os.truncate(held_path(directory, 3), size)
+    assert reader.read(3, 1) is None
+    assert reader_in(directory).read(3, 1) is None

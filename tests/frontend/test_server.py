@@ -14,7 +14,7 @@ from frontend.app import MAX_BODY_BYTES
 from frontend.errors import EngineUnavailable
 from frontend.serving import Serving
 from metrics.deployment import API_SERVER, ENGINE
-from tests.frontend.deployments import COMPLETION, Node, ask, engine_of, finish, make_table, one, output, total
+from tests.frontend.deployments import COMPLETION, Node, ask, engine_of, finish, make_table, one, output, total, until
 
 
 def without_facts(node: Node) -> Serving:
@@ -58,8 +58,7 @@ async def test_health_is_200_only_while_an_engine_is_ready(deploy: Any):
 
 async def test_the_deployment_says_who_exports_which_engine_at_which_term(deploy: Any):
     node = await one(deploy)
-    async with asyncio.timeout(10):
-        await node.serving.exporter.engines[0].changes(None)
+    await until(lambda: node.serving.exporter.engines[0].grant is not None)
     _, body, _ = await ask(node, "GET", "/deployment")
     grant = body["exporters"][0]["grant"]
     assert (grant["api_server"], grant["incarnation"], grant["term"]) == (0, 1, [1, 1])

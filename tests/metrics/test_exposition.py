@@ -28,6 +28,7 @@ from metrics.exposition import (
     PROCESS_SCOPES,
     TEXT,
     Renderer,
+    Stack,
     Template,
     add_up,
     choose_format,
@@ -213,6 +214,29 @@ def test_exemplars_are_read_by_a_strict_parser_and_only_in_openmetrics():
     assert RENDERER.render(parts, TEXT) == RENDERER.render([TEMPLATES[2].part(cells, 1.5e9)], TEXT)
 
 
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(tallies(API_SERVER), st.floats(1e9, 2e9)), min_size=4, max_size=4),
+    st.sets(st.sampled_from(range(4))),
+    st.sets(st.sampled_from(range(4))),
+)
+def test_a_stack_of_tallies_is_written_as_each_by_itself(
+    rows: list[tuple[np.ndarray, float]], shown: set[int], ended: set[int]
+):
+    layout = LAYOUTS[API_SERVER]
+    templates = [
+        Template(layout, PROCESS_SCOPES, process=str(row), has_gauges=row not in ended) for row in range(len(rows))
+    ]
+    stack = Stack(layout, [(row, templates[row]) for row in sorted(shown)])
+    cells, created = np.stack([cells for cells, _ in rows]), np.array([created for _, created in rows])
+    engine = TEMPLATES[0].part(np.ones(LAYOUTS[ENGINE].num_cells), 5.0)  # behind it: its created time has its place
+    alone = [templates[row].part(*rows[row]) for row in sorted(shown)]
+    for form in (TEXT, OPENMETRICS):
+        assert Renderer().render([stack.part(cells, created), engine], form) == Renderer().render(
+            [*alone, engine], form
+        )
+
+
 def test_each_family_stands_once_though_several_parts_carry_it():
     parts = [t.part(np.zeros(LAYOUTS[role].num_cells), 0.0) for t, (role, _, _) in zip(TEMPLATES, PARTS, strict=True)]
     lines = RENDERER.render(parts).decode().splitlines()
@@ -240,11 +264,10 @@ def test_of_an_ended_process_no_gauge_is_shown_or_summed():
     template = Template(layout, PROCESS_SCOPES, process="api-server-0", has_gauges=False)
     assert b"gauge" not in RENDERER.render([template.part(np.ones(layout.num_cells), 0.0)])
     ones = np.ones(layout.num_cells)
-    total, created_unix = add_up(layout, [(ones, 10.0, True), (ones, 20.0, False), (ones, 15.0, True)])
+    total = add_up(layout, np.stack([ones, ones, ones]), ended=[1])
     in_flight = layout.cell("wholebatch:api_server_requests_in_flight", engine="1")
     assert total[in_flight] == 2
     assert total[layout.cell("wholebatch:delivered_tokens_total", engine="1")] == 3
-    assert created_unix == 20.0
 
 
 def test_an_answer_of_no_parts_is_empty():

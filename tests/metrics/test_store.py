@@ -23,7 +23,7 @@ from metrics import banks
 from metrics.banks import Bank, Memory
 from metrics.deployment import ENGINE, SUPERVISOR
 from metrics.layout import Layout, Shape, build_layout
-from metrics.store import StoreError, TallyReader, TallyStore, tally_path
+from metrics.store import StoreError, Tallies, TallyReader, TallyStore, tally_path
 
 SHAPE = Shape(num_engines=1, num_api_servers=1, max_model_len=100)
 LAYOUT = build_layout(SUPERVISOR, SHAPE)  # the smallest
@@ -105,16 +105,27 @@ class InterleavedMemory(Memory):
         self.writer_goes_on()
         return sequence
 
-    def copy(self, offset: int, size: int) -> bytes:
-        cut = self.cut % size
-        first = super().copy(offset, cut)
+    def head(self, offset: int) -> tuple[int, int, int]:
+        head = super().head(offset)
         self.writer_goes_on()
-        return first + super().copy(offset + cut, size - cut)
+        return head
+
+    def copy_into(self, buffer: memoryview, offset: int) -> None:
+        cut = self.cut % len(buffer)
+        super().copy_into(buffer[:cut], offset)
+        self.writer_goes_on()
+        super().copy_into(buffer[cut:], offset + cut)
 
 
 def cells_of(number: int) -> bytes:
     """Cells that tell which commit they are of, everywhere."""
     return np.full(LAYOUT.num_cells, float(number)).tobytes()
+
+
+def read(memory: Memory) -> Bank | None:
+    cells = bytearray(8 * LAYOUT.num_cells)
+    found = banks.read(memory, HEADER_CRC, memoryview(cells))
+    return None if found is None else Bank(*found, bytes(cells))
 
 
 def fresh_buffer() -> bytearray:
@@ -141,13 +152,13 @@ def test_a_writer_killed_after_any_byte_leaves_its_last_commit(kills: list[int])
             while True:
                 banks.commit(memory, HEADER_CRC, Bank(committed + 1, 1, cells_of(committed + 1)))
                 committed += 1
-        assert banks.read(memory, HEADER_CRC) == Bank(committed, 1, cells_of(committed))
+        assert read(memory) == Bank(committed, 1, cells_of(committed))
         assert memory.budget <= 0
 
 
 @settings(max_examples=300)
 @given(
-    turns=st.lists(st.integers(0, 60), max_size=10), cut=st.integers(0, BANK_BYTES), piece=st.sampled_from([8, 37, 400])
+    turns=st.lists(st.integers(0, 60), max_size=12), cut=st.integers(0, BANK_BYTES), piece=st.sampled_from([8, 37, 400])
 )
 def test_a_reader_at_any_interleaving_reads_a_commit_or_nothing(turns: list[int], cut: int, piece: int):
     recording = RecordingMemory(LAYOUT.num_cells, piece)
@@ -156,22 +167,22 @@ def test_a_reader_at_any_interleaving_reads_a_commit_or_nothing(turns: list[int]
     memory = InterleavedMemory(fresh_buffer(), LAYOUT.num_cells, iter(recording.steps), turns, cut)
     latest = 0
     for _ in range(3):
-        bank = banks.read(memory, HEADER_CRC)
+        bank = read(memory)
         if bank is not None:
             assert bank.cells == cells_of(bank.sequence)  # whole
             assert bank.sequence >= latest  # never back
             latest = bank.sequence
-    bank = banks.read(memory, HEADER_CRC) or banks.read(memory, HEADER_CRC)
+    bank = read(memory) or read(memory)
     assert turns or bank is not None  # a writer that rests is read
 
 
 def test_a_reader_tries_again_when_a_commit_passes_while_it_copies():
     recording = RecordingMemory(LAYOUT.num_cells, BANK_BYTES)
     banks.commit(recording, HEADER_CRC, Bank(2, 1, cells_of(2)))
-    turns = [2, 0, 0]  # taken from the end: nothing around reading the sequence, the whole commit within the copy
+    turns = [2, 0, 0, 0]  # taken from the end: nothing until the head is read, the whole commit within the copy
     memory = InterleavedMemory(fresh_buffer(), LAYOUT.num_cells, iter(recording.steps), turns, BANK_BYTES // 2)
-    assert banks.read(memory, HEADER_CRC) is None
-    assert banks.read(memory, HEADER_CRC) == Bank(2, 1, cells_of(2))
+    assert read(memory) is None
+    assert read(memory) == Bank(2, 1, cells_of(2))
 
 
 def test_a_real_process_killed_at_any_moment_loses_nothing_it_committed(tmp_path: Path):
@@ -278,7 +289,9 @@ def assert_set_aside(path: str, reason: str) -> None:
     assert reason in store.set_aside
     assert store.created_unix == 6.0
     assert sum(store.tally.cells) == 0
-    assert Path(f"{path}.damaged").read_bytes() == damaged
+    kept = Path(f"{path}.damaged").read_bytes()
+    assert kept.startswith(damaged)
+    assert len(kept) != FILE_BYTES
     assert TallyReader(path, LAYOUT).read().created_unix == 6.0
     store.close()
 
@@ -365,9 +378,41 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path, monkeyp
 def test_a_reader_notices_that_the_file_was_replaced(path: str):
     reader = TallyReader(path, LAYOUT)
     assert reader.read().cells[COUNTER] == 7
-    open_store(f"{path}2", 1, now_unix=8.0).close()
-    os.replace(f"{path}2", path)
+    with open(path, "r+b") as file:
+        file.seek(banks.bank_offset(2, LAYOUT.num_cells) + BANK_BYTES - 1)  # the last commit is the second
+        file.write(b"!")
+    assert reader.read().cells[COUNTER] == 7
+    store = open_store(path, 2, now_unix=8.0)
+    assert store.set_aside is not None
     assert (reader.read().created_unix, reader.read().cells[COUNTER]) == (8.0, 0)
+
+
+def test_a_reader_refuses_a_file_that_is_cut_while_it_is_mapped(path: str):
+    reader = TallyReader(path, LAYOUT)
+    reader.read()
+    os.truncate(path, 0)
+    with pytest.raises(StoreError, match="size is 0 bytes"):
+        reader.read()
+
+
+def test_tallies_are_the_rows_of_one_matrix_and_0_where_there_is_none(tmp_path: Path):
+    tallies = Tallies(str(tmp_path), SUPERVISOR, 3, LAYOUT)
+    stores = {
+        index: open_store(tally_path(str(tmp_path), SUPERVISOR, index), 4 + index, now_unix=index) for index in (0, 2)
+    }
+    for number in range(1, 4):
+        for index, store in stores.items():
+            store.tally.inc(COUNTER, 10 + index)
+            store.commit()
+        tallies.read()
+        assert tallies.cells[:, COUNTER].tolist() == [10 * number, 0, 12 * number]
+        assert (tallies.incarnations, tallies.created_unix.tolist()) == ([4, 0, 6], [0, 0, 2])
+    os.truncate(tally_path(str(tmp_path), SUPERVISOR, 2), 0)
+    tallies.read()
+    assert (tallies.incarnations, tallies.cells[2].any(), tallies.created_unix[2]) == ([4, 0, 0], False, 0)
+    open_store(tally_path(str(tmp_path), SUPERVISOR, 2), 7, now_unix=9.0)
+    tallies.read()
+    assert (tallies.incarnations, tallies.created_unix[2]) == ([4, 0, 7], 9.0)
 
 
 def test_a_reading_is_the_same_object_until_something_is_committed(path: str):
