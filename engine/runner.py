@@ -104,7 +104,7 @@ class TorchRunner:
         progress(
             f"KV cache: {num_blocks} blocks of {cache.block_size} tokens, {num_blocks * block_bytes / _GIB:.2f} GiB"
         )
-        sampler = Sampler(seed=model.seed, eos_token_ids=spec.eos_token_ids)
+        sampler = Sampler(decoder.head, seed=model.seed, eos_token_ids=spec.eos_token_ids)
         runner = cls(decoder, kernels, kv_caches, sampler, max_model_len=max_model_len)
         runner._warm_up()
         return runner

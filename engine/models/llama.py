@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from engine.kernels.head import Head, make_head
 from engine.kernels.interface import Array, Kernels, Linear
 from engine.weights.spec import Checkpoint, ModelSpec
 
@@ -37,7 +38,7 @@ class FlatInput:
     token_ids: torch.Tensor  # (num_tokens)
     positions: torch.Tensor  # (num_tokens)
     slots: torch.Tensor  # (num_tokens): where each one's K and V go
-    sampled_rows: torch.Tensor | None  # rows whose logits are wanted; None: all
+    sampled_rows: torch.Tensor | None  # rows that tokens are sampled from; None: all
     plan: Any  # of the kernels
 
 
@@ -67,15 +68,13 @@ class LlamaModel:
             if (index + 1) % max(1, spec.num_layers // 5) == 0:
                 progress(f"loaded {index + 1} of {spec.num_layers} layers")
         self._norm = reader.vector("model.norm.weight", spec.hidden_size)
-        if spec.ties_embeddings:
-            self._head = kernels.linear(embeddings, None, quantization)
-        else:
-            self._head = reader.linear(["lm_head"], [spec.vocab_size], spec.hidden_size)
+        weight = embeddings if spec.ties_embeddings else reader.tensor("lm_head.weight", embeddings.shape)
+        self.head = reader.head(weight)
         self._cos, self._sin = (kernels.array(table) for table in _rotary_tables(spec, max_model_len, device))
 
     @torch.inference_mode()
     def forward(self, inputs: FlatInput, kv_caches: torch.Tensor) -> torch.Tensor:
-        """Logits (sampled rows, vocab), float32. `kv_caches`: (num_layers, *one layer's KV cache*)."""
+        """What `head` takes: (sampled rows, hidden). `kv_caches`: (num_layers, *one layer's KV cache*)."""
         kernels, eps = self._kernels, self.spec.rms_norm_eps
         positions, slots = kernels.array(inputs.positions), kernels.array(inputs.slots)
         cos, sin = self._cos[positions], self._sin[positions]
@@ -90,8 +89,7 @@ class LlamaModel:
                 hidden, attended = hidden[rows], attended[rows]
             normed = kernels.add_rms_norm(hidden, layer.output(attended), layer.mlp_norm, eps)
             more = layer.down(kernels.silu_and_mul(layer.gate_up(normed)))
-        logits = self._head(kernels.add_rms_norm(hidden, more, self._norm, eps))
-        return kernels.tensor(logits).float()
+        return kernels.tensor(kernels.add_rms_norm(hidden, more, self._norm, eps))
 
     def _queries_keys_values(self, normed: Array, layer: LayerWeights) -> Array:
         spec, kernels = self.spec, self._kernels
@@ -135,6 +133,11 @@ class _WeightReader:
         if has_bias:
             bias = torch.cat([self.tensor(f"{name}.bias", (size,)) for name, size in zip(names, sizes, strict=True)])
         return self._kernels.linear(torch.cat(weights), bias, self._quantization)
+
+    def head(self, weight: torch.Tensor) -> Head:
+        """`weight`: (vocab, hidden)."""
+        kernels, linear = self._kernels, self._kernels.linear(weight, None, self._quantization)
+        return make_head(weight, lambda x: kernels.tensor(linear(kernels.array(x))).float(), self._quantization)
 
 
 def _read_layer(reader: _WeightReader, spec: ModelSpec, index: int) -> LayerWeights:

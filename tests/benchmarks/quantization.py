@@ -55,7 +55,7 @@ def logits_of(model: LlamaModel, tokens: list[int]) -> torch.Tensor:
         plan=kernels_for(CPU, torch.float32).plan(batch, BLOCK_SIZE),
     )
     caches = torch.zeros(spec.num_layers, len(blocks), BLOCK_SIZE, 2, spec.num_kv_heads, spec.head_dim)
-    return model.forward(inputs, caches)
+    return model.head.logits(model.forward(inputs, caches))
 
 
 def main() -> None:

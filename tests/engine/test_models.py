@@ -63,7 +63,7 @@ def logits_of_prompts(model: LlamaModel, prompts: list[list[int]]) -> list[torch
         sampled_rows=None,
         plan=kernels_for(CPU, model.dtype).plan(batch, BLOCK_SIZE),
     )
-    return list(model.forward(inputs, caches).split(lengths))
+    return list(model.head.logits(model.forward(inputs, caches)).split(lengths))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

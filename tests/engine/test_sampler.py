@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import ScheduledSequence
+from engine.kernels.head import PlainHead
 from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
 
 EOS = 3
-SAMPLER = Sampler(seed=0, eos_token_ids=frozenset({EOS}))
+HEAD = PlainHead(lambda logits: logits.clone())  # of a model that says its logits
+SAMPLER = Sampler(HEAD, seed=0, eos_token_ids=frozenset({EOS}))
 RANDOM = SamplingParams(max_tokens=100)
 GREEDY = replace(RANDOM, temperature=0.0)
 
@@ -69,6 +71,27 @@ def test_temperature_0_takes_the_best():
 def test_greedy_and_random_sequences_share_a_batch():
     tokens = sample([0.0, 50.0, 1.0, 2.0], sequence(GREEDY), sequence(RANDOM), sequence(GREEDY))
     assert tokens == [1, 1, 1]
+
+
+def test_rows_that_need_no_logits_have_none_computed():
+    asked: list[int] = []
+
+    class Watched(PlainHead):
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            asked.append(len(hidden))
+            return super().logits(hidden)
+
+        def best(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.argmax(-1)
+
+    sampler = Sampler(Watched(lambda logits: logits.clone()), seed=0, eos_token_ids=frozenset({EOS}))
+    rows = [GREEDY, RANDOM, replace(GREEDY, logprobs=1), GREEDY, replace(GREEDY, logit_bias=((0, 100.0),))]
+    sampled = sampler.sample(60 * torch.eye(5), [sequence(sampling) for sampling in rows])
+    assert [token for token, _ in sampled] == [0, 1, 2, 3, 0]
+    assert [logprobs is None for _, logprobs in sampled] == [True, True, False, True, True]
+    assert asked == [3]
+    sampler.sample(60 * torch.eye(5), [sequence(GREEDY)] * 5)
+    assert asked == [3]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -190,7 +213,7 @@ def test_sequences_without_a_seed_follow_the_engines_and_differ_from_each_other(
     logits = [0.0] * 1000
     rows = [sequence(RANDOM, sequence_id=number) for number in range(50)]
     first, again = sample(logits, *rows), sample(logits, *rows)
-    other = sample(logits, *rows, sampler=Sampler(seed=1, eos_token_ids=frozenset()))
+    other = sample(logits, *rows, sampler=Sampler(HEAD, seed=1, eos_token_ids=frozenset()))
     assert first == again
     assert first != other
     assert len(set(first)) > 40
