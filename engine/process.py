@@ -62,7 +62,8 @@ class CannotServeError(Exception):
 
 def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelRunner:
     """The model of the configuration; raises CannotServeError."""
-    num_threads = _num_threads(config.num_engines)  # NOTE: before torch, whose OpenMP may be told to bind to one core
+    # NOTE: before torch, whose OpenMP may be told to bind to one core
+    num_cores = max(1, len(os.sched_getaffinity(0)) // config.num_engines)
     # Here, not above: what runs another runner has no need of torch and its seconds of importing.
     from engine.runner import TorchRunner
     from engine.weights.spec import ModelError
@@ -75,7 +76,8 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
             config.scheduler,
             max_model_len_fixed=None if facts is None else facts.max_model_len,
             num_blocks_fixed=None if facts is None else facts.num_gpu_blocks,
-            num_threads=num_threads,
+            num_threads=_chosen_threads(),
+            num_cores=num_cores,
             progress=progress,
         )
     except ModelError as error:
@@ -84,10 +86,10 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
         raise CannotServeError(f"{config.model.path}: not enough memory: {error}") from error
 
 
-def _num_threads(num_engines: int) -> int:
-    """What OMP_NUM_THREADS says, as everywhere; else this engine's even share of the cores."""
+def _chosen_threads() -> int | None:
+    """What OMP_NUM_THREADS says, as everywhere."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
-    return int(chosen) if chosen.isdigit() and int(chosen) else max(1, len(os.sched_getaffinity(0)) // num_engines)
+    return int(chosen) if chosen.isdigit() and int(chosen) else None
 
 
 @contextlib.contextmanager

@@ -40,6 +40,13 @@ class ModelSpec:
     eos_token_ids: frozenset[int]
     dtype: torch.dtype  # in which the weights were published
 
+    @property
+    def num_matrix_weights(self) -> int:
+        """That each sampled token is multiplied with: of all layers and the head."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.num_layers * (attention + mlp) + self.vocab_size * self.hidden_size
+
     def check(self, source: str) -> None:
         """Raise ModelError where the numbers cannot belong together."""
         rules = (

@@ -187,10 +187,15 @@ def test_loading_reports_its_progress(model: Path):
     assert any("KV cache" in line for line in lines)
 
 
-def test_threads_are_the_callers_choice(model: Path):
+@pytest.mark.parametrize(("few_weights", "num_threads", "num_used"), [(10**9, None, 1), (0, None, 2), (10**9, 3, 3)])
+def test_threads_are_the_callers_choice_or_suit_the_model(
+    monkeypatch: pytest.MonkeyPatch, model: Path, few_weights: int, num_threads: int | None, num_used: int
+):
+    monkeypatch.setattr("engine.runner._FEW_WEIGHTS", few_weights)
     before = torch.get_num_threads()
     try:
-        TorchRunner.load(ModelConfig(path=str(model)), CacheConfig(), SchedulerConfig(), num_threads=1)
-        assert torch.get_num_threads() == 1
+        config = ModelConfig(path=str(model))
+        TorchRunner.load(config, CacheConfig(), SchedulerConfig(), num_threads=num_threads, num_cores=2)
+        assert torch.get_num_threads() == num_used
     finally:
         torch.set_num_threads(before)
