@@ -36,7 +36,7 @@ def fetch_ahead(context, array, offset):
 
 
 def prefetch(builder, pointer):
-    """The instruction for `fetch_ahead`: for reading, into the second cache (measured: a tenth faster than into the first)."""
+    """The instruction for `fetch_ahead`: into the second cache, which is a tenth faster than into the first."""
     prefetch_type = ir.FunctionType(ir.VoidType(), [_BYTES, _INT32, _INT32, _INT32])
     prefetch = cgutils.get_or_insert_function(builder.module, prefetch_type, "llvm.prefetch.p0")
     builder.call(prefetch, [builder.bitcast(pointer, _BYTES), _INT32(0), _INT32(2), _INT32(1)])
