@@ -27,7 +27,7 @@ from engine import default_model
 from engine.weights.gguf_checkpoint import GGUFCheckpoint
 from tests.benchmarks import roofline
 from tests.benchmarks.report import document, table
-from tests.benchmarks.sides import Side, ours, running, vllm
+from tests.benchmarks.sides import Side, alone, ours, running, vllm
 from tests.benchmarks.sse_client import Load, random_prompts, run_load
 
 PROMPT_TOKENS = (134, 200)
@@ -103,10 +103,7 @@ def compare(sides: Sequence[Side], concurrency: int, args: argparse.Namespace) -
     for number in range(args.rounds):
         prompts = random_prompts(num_requests(concurrency, args.requests), PROMPT_TOKENS, 1000 * concurrency + number)
         for side in sides:
-            with contextlib.ExitStack() as others:
-                for other in sides:
-                    if other is not side:
-                        others.enter_context(other.suspended())
+            with alone(side, sides):
                 load = run_load(side.url, side.model, prompts, OUTPUT_TOKENS, concurrency)
             rounds[side.name].append(figures(load))
     return [

@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,21 +45,6 @@ class Side:
         root = psutil.Process(self.pid)
         return [root, *root.children(recursive=True)]
 
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Stopped, so that what it does when it has nothing to do (vLLM's worker polls) does not slow another side.
-
-        The root last and woken last: it watches the others.
-        """
-        processes = self.processes()
-        for process in reversed(processes):
-            process.suspend()
-        try:
-            yield
-        finally:
-            for process in reversed(processes):
-                process.resume()
-
     def cpu_s(self) -> dict[int, float]:
         """Processor time of each process until now, by pid."""
         times = {process.pid: process.cpu_times() for process in self.processes()}
@@ -74,6 +59,22 @@ class Side:
     def memory_mib(self) -> float:
         """Resident memory of the whole tree; what processes share counts once."""
         return sum(process.memory_full_info().pss for process in self.processes()) / 2**20
+
+
+@contextlib.contextmanager
+def alone(side: Side, sides: Sequence[Side]) -> Iterator[None]:
+    """Stop the other sides, so that what they do when idle (vLLM's worker polls) does not slow this one.
+
+    Of each, the root last and woken last: it watches its children.
+    """
+    others = [process for other in sides if other is not side for process in reversed(other.processes())]
+    for process in others:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in others:
+            process.resume()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.benchmarks.export_model import write_tiny_model
 from tests.benchmarks.report import document, table
 from tests.benchmarks.serving import add_ratios, add_side_arguments, enter_sides
-from tests.benchmarks.sides import Side
+from tests.benchmarks.sides import Side, alone
 from tests.benchmarks.sse_client import random_prompts, run_load
 
 PROMPT_TOKENS = (128, 128)
@@ -68,7 +68,8 @@ def compare(sides: Sequence[Side], concurrency: int, num_rounds: int) -> list[di
     rounds: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
     for number in range(num_rounds):
         for side in sides:
-            rounds[side.name].append(measure(side, concurrency, 1000 * concurrency + number))
+            with alone(side, sides):
+                rounds[side.name].append(measure(side, concurrency, 1000 * concurrency + number))
     return [
         {"side": name, "concurrency": concurrency}
         | {figure: statistics.median(one[figure] for one in done) for figure in done[0]}
