@@ -47,18 +47,19 @@ def for_any_size(kernel: Kernel, *, fastmath: bool = True) -> Callable[[int], Ke
 
     `fastmath`: with sums in whatever order is fastest, as for PyTorch's own.
     """
-    alone = _compile(kernel, fastmath=fastmath)
+    alone = compiled(kernel, fastmath=fastmath)
     # NOTE: under a name of its own, for the cache on disk tells functions apart by name, not by these options.
     renamed = python_types.FunctionType(kernel.__code__, kernel.__globals__, kernel.__name__, None, kernel.__closure__)
     renamed.__qualname__ = f"{kernel.__qualname__}_together"
-    together = _compile(renamed, fastmath=fastmath, parallel=True)
+    together = compiled(renamed, fastmath=fastmath, parallel=True)
     return lambda size: together if size >= _MANY else alone
 
 
-def _compile(kernel: Kernel, **options: Any) -> Kernel:
+def compiled(kernel: Kernel, **options: Any) -> Kernel:
+    """For one thread, unless the options say otherwise."""
     options |= {"nogil": True, "error_model": "numpy"}
     try:
-        compiled: Kernel = numba.njit(cache=True, **options)(kernel)
+        made: Kernel = numba.njit(cache=True, **options)(kernel)
     except RuntimeError:  # no folder that it may write to
-        compiled = numba.njit(**options)(kernel)
-    return compiled
+        made = numba.njit(**options)(kernel)
+    return made

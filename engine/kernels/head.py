@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
-from engine.kernels.compiled import for_any_size
+from engine.kernels.compiled import compiled, for_any_size
 
 Product = Callable[[torch.Tensor], torch.Tensor]  # (rows, hidden) to logits (rows, vocab), float32
 
@@ -84,7 +84,7 @@ class ScreeningHead(PlainHead):
         num_rows = len(hidden)
         rounded = F.pad(hidden, (0, 0, 0, -num_rows % _LANES)).bfloat16()
         x, weight, bounds = hidden.numpy(), self._weight.numpy(), np.empty(num_rows)
-        _bounds(hidden.numel())(x, rounded.view(torch.int16).numpy(), self._norm, self._error, bounds)
+        _bounds(x, rounded.view(torch.int16).numpy(), self._norm, self._error, bounds)
         logits, tokens = np.full(num_rows, np.finfo(np.float32).min, np.float32), np.zeros(num_rows, np.int64)
         scores = rounded.new_empty(_TILE, len(rounded))
         for first in range(0, len(weight), _TILE):
@@ -112,10 +112,10 @@ def _in_order(bits: np.int16) -> np.int16:
     return np.int16(bits ^ np.int16(np.int16(bits >> np.int16(15)) & np.int16(0x7FFF)))
 
 
-@for_any_size
+@compiled
 def _bounds(x, rounded, norm, error, bounds):  # type: ignore[no-untyped-def]
     """How far each row's scores may be from its logits, but for the scores' own rounding."""
-    for row in numba.prange(len(x)):
+    for row in range(len(x)):
         length, lost = np.float64(0), np.float64(0)
         for i in range(x.shape[1]):
             value = np.float64(x[row, i])
