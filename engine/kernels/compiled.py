@@ -10,6 +10,7 @@ import types as python_types
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding
 import numba
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -19,6 +20,7 @@ Kernel = Callable[..., None]
 
 _BYTES, _INT32 = ir.IntType(8).as_pointer(), ir.IntType(32)
 
+HOST = llvmlite.binding.get_host_cpu_features()  # whether the processor has an instruction set, by its name
 MAX_THREADS = numba.get_num_threads()  # cores, or what NUMBA_NUM_THREADS says
 _MANY = 64 * 1024  # numbers to go through, from which on several threads are faster
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
-from engine.kernels.compiled import compiled, for_any_size
+from engine.kernels.compiled import HOST, compiled, for_any_size
 
 Product = Callable[[torch.Tensor], torch.Tensor]  # (rows, hidden) to logits (rows, vocab), float32
 
@@ -41,7 +41,7 @@ class Head(Protocol):
 def make_head(weight: torch.Tensor, product: Product, quantization: str | None) -> Head:
     """The fastest for `weight` (vocab, hidden), where it is; `product` is the one with it."""
     is_exact = quantization is None and weight.dtype == torch.float32
-    if is_exact and weight.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+    if is_exact and weight.device.type == "cpu" and HOST.get("avx512bf16"):
         return ScreeningHead(weight, product)
     return PlainHead(product)
 

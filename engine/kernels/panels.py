@@ -11,20 +11,18 @@ Measured, all layers of SmolLM2-135M on 2 cores with AVX-512, MKL's packed produ
 
 from __future__ import annotations
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from engine.kernels.compiled import for_any_size, prefetch
+from engine.kernels.compiled import HOST, for_any_size, prefetch
 
 _LANES = 16  # float32 numbers in a vector; where registers are narrower, the compiler takes two for one
-_HOST = llvmlite.binding.get_host_cpu_features()
-_HAS_AVX512, HAS_INT8 = bool(_HOST.get("avx512f")), bool(_HOST.get("avx512vnni"))
+HAS_INT8 = bool(HOST.get("avx512vnni"))
 # Vectors in a panel's width, and how many rows are taken at a time: the sums of the most fill the registers.
-_VECTORS, _ROWS_AT_A_TIME = (2, (10, 8, 4, 2, 1)) if _HAS_AVX512 else (1, (6, 4, 2, 1))
+_VECTORS, _ROWS_AT_A_TIME = (2, (10, 8, 4, 2, 1)) if HOST.get("avx512f") else (1, (6, 4, 2, 1))
 WIDTH = _VECTORS * _LANES
 _UNROLLED = 4  # steps of depth between two looks at the loop's end
 _FETCHED_AHEAD = 64  # steps of depth

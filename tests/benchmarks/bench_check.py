@@ -85,13 +85,13 @@ BENCHMARKS = (
         ("--sizes", "1x1", "16x1", "64x8"),
         (
             # P7: adding up what every API server counted costs little, and nothing like reading all of their samples.
-            Bound("scrape, 16 API servers: multiprocess mode / ours", 27.7, 10.0, lambda r: times_faster(r, 16)),
-            Bound("scrape, 64 and 8 engines: multiprocess mode / ours", 325.0, 50.0, lambda r: times_faster(r, 64)),
+            Bound("scrape, 16 API servers: multiprocess mode / ours", 48.0, 20.0, lambda r: times_faster(r, 16)),
+            Bound("scrape, 64 and 8 engines: multiprocess mode / ours", 609.0, 100.0, lambda r: times_faster(r, 64)),
             # P7: the same at any number of them.
             Bound(
                 "scrape: 1 API server / 16",
-                0.55,
-                0.4,
+                0.85,
+                0.5,
                 lambda r: find(r, "ms", api_servers=1) / find(r, "ms", api_servers=16),
             ),
         ),
@@ -118,8 +118,8 @@ BENCHMARKS = (
             # A quarter of the bytes to read.
             Bound(
                 "decode, tokens/s: int8 / float32, batch 1",
+                2.8,
                 1.8,
-                1.25,
                 lambda r: step_tokens_per_s(r, "int8", 1) / step_tokens_per_s(r, "none", 1),
             ),
         ),
