@@ -151,7 +151,7 @@ def _scaled(product: torch.Tensor, peaks: torch.Tensor, bias: torch.Tensor | Non
 def has_int8_products() -> bool:
     """Whether oneDNN's sums are exact here for the largest numbers; without the instructions they saturate."""
     weight, bias = torch.full((16, 64), 127.0), None
-    product = OneDNNInt8Linear(weight, bias)(np.full((2, 64), 127, np.float32))
+    product = OneDNNInt8Linear(weight, bias)(np.full((_FEW_ROWS + 1, 64), 127, np.float32))
     return bool(np.allclose(product, 127.0 * 127 * 64))
 
 
