@@ -116,16 +116,21 @@ async def test_a_lease_that_runs_out_while_the_answer_is_written_takes_its_serie
     assert total(samples, "wholebatch:exporter_up", engine="0") == 0
 
 
+async def end_of_broadcasts(deployed: Any) -> None:
+    """From here on snapshots come only by a test's hand; all have heard the last one."""
+    deployed.pause_beacons()
+    last = deployed.beacons[0].turn()
+    await until(lambda: all(node.serving.exporter.engines[0].holder.snapshot == last for node in deployed.nodes))
+
+
 async def test_who_has_just_started_waits_for_an_engines_first_snapshot(deploy: Any):
     deployed = await deploy(2)
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
-    deployed.pause_beacons()
-    await asyncio.sleep(0.05)
+    await end_of_broadcasts(deployed)
     other.serving.exporter.engines[0] = EngineView(Holder(deployed.nodes.index(other), 1, 0.6), boottime())
+    assert other.serving.exporter.look(0) is None
     asking = asyncio.create_task(other.serving.exporter.series(0))
-    await asyncio.sleep(0.02)
-    assert not asking.done()
     deployed.beacons[0].turn()
     assert await asking is not None
 
@@ -135,8 +140,7 @@ async def test_who_heard_more_than_the_exporter_exports_what_the_exporter_does(d
     beacon = deployed.beacons[0]
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
-    deployed.pause_beacons()
-    await asyncio.sleep(0.05)
+    await end_of_broadcasts(deployed)
     held = holder.serving.exporter.held(0)
     assert held is not None
     beacon.tally.inc(beacon.layout.cell(GENERATED), 42)
@@ -154,16 +158,14 @@ async def test_who_heard_less_than_the_exporter_waits_for_it(deploy: Any):
     deployed = await deploy(2)
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
-    deployed.pause_beacons()
-    await asyncio.sleep(0.05)
+    await end_of_broadcasts(deployed)
     behind = other.serving.exporter.engines[0]
     other.serving.exporter._reader._on_messages = lambda messages: None
     ahead = deployed.beacons[0].turn()
     await until(lambda: holder.serving.exporter.engines[0].holder.snapshot == ahead)
     assert behind.grant is not None
+    assert other.serving.exporter.look(0) is None
     asking = asyncio.create_task(other.serving.exporter.series(0))
-    await asyncio.sleep(0.02)
-    assert not asking.done()
     other.serving.exporter._on_snapshot(ahead)
     found = await asking
     assert found is not None
@@ -198,8 +200,7 @@ async def test_what_is_held_at_an_older_term_than_what_is_known_is_refused(deplo
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
     await until(lambda: other.serving.exporter.look(0) is not None)
-    deployed.pause_beacons()
-    await asyncio.sleep(0.05)
+    await end_of_broadcasts(deployed)
     newest = other.serving.exporter.engines[0].holder.snapshot
     assert newest is not None
     assert newest.grant is not None
