@@ -131,6 +131,7 @@ async def test_who_has_just_started_waits_for_an_engines_first_snapshot(deploy: 
     other.serving.exporter.engines[0] = EngineView(Holder(deployed.nodes.index(other), 1, 0.6), boottime())
     assert other.serving.exporter.look(0) is None
     asking = asyncio.create_task(other.serving.exporter.series(0))
+    await asyncio.sleep(0)  # it has looked
     deployed.beacons[0].turn()
     assert await asking is not None
 
@@ -166,6 +167,7 @@ async def test_who_heard_less_than_the_exporter_waits_for_it(deploy: Any):
     assert behind.grant is not None
     assert other.serving.exporter.look(0) is None
     asking = asyncio.create_task(other.serving.exporter.series(0))
+    await asyncio.sleep(0)  # it has looked
     other.serving.exporter._on_snapshot(ahead)
     found = await asking
     assert found is not None
