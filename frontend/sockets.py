@@ -1,7 +1,9 @@
 """A ZeroMQ socket on the event loop: calls back with what arrives, sends without ever waiting.
 
 No coroutine and no task: what arrives is handled in one synchronous callback, many messages at a time, so that it is
-counted and committed before any request's coroutine runs.
+counted and committed before any request's coroutine runs. A turn of the event loop handles a bounded amount, once,
+however often it is asked for: with more tokens under way than this process can deliver, it still answers scrapes and
+accepts requests within a few turns.
 
 NOTE: the descriptor of a ZeroMQ socket becomes readable when the socket's state may have changed, not while messages
 wait, and a send may swallow that signal. So every wake-up reads until nothing is left, and every send looks.
@@ -14,7 +16,7 @@ from collections.abc import Callable
 
 import zmq
 
-MAX_MESSAGES_A_TURN = 512  # then the event loop gets its turn
+MAX_BYTES_A_TURN = 65_536  # about 1,500 tokens: 20 ms. Twice as much: 15 % more throughput, scrapes twice as slow
 
 Messages = list[list[bytes]]
 
@@ -27,8 +29,9 @@ class SocketReader:
         self._on_messages = on_messages
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self._on_readable)
-        self._loop.call_soon(self._on_readable)
+        self._is_due = False
+        self._loop.add_reader(self._fd, self._read_soon)
+        self._read_soon()
 
     @property
     def is_closed(self) -> bool:
@@ -64,21 +67,30 @@ class SocketReader:
         """Asking may swallow the descriptor's signal, as a send may: read soon what there is to read."""
         events = int(self._socket.getsockopt(zmq.EVENTS))
         if events & zmq.POLLIN:
-            self._loop.call_soon(self._on_readable)
+            self._read_soon()
         return events
 
-    def _on_readable(self) -> None:
+    def _read_soon(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            self._loop.call_soon(self._read)
+
+    def _read(self) -> None:
+        self._is_due = False
         if not self._socket.closed and self._read_some():
-            self._loop.call_soon(self._on_readable)
+            self._read_soon()
 
     def _read_some(self) -> bool:
         """Whether there may be more."""
         messages: Messages = []
-        while len(messages) < MAX_MESSAGES_A_TURN:
+        num_bytes = 0
+        while num_bytes < MAX_BYTES_A_TURN:
             try:
-                messages.append(self._socket.recv_multipart(zmq.NOBLOCK))
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
+            messages.append(parts)
+            num_bytes += sum(map(len, parts))
         if messages:
             self._on_messages(messages)
-        return len(messages) == MAX_MESSAGES_A_TURN
+        return num_bytes >= MAX_BYTES_A_TURN

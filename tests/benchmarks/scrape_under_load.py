@@ -28,8 +28,9 @@ SIDES = ("not scraped", "scraped 20 times a second")
 
 
 @contextmanager
-def scraped(url: str) -> Iterator[None]:
-    """Every 50 ms, by a thread of this process, which does nothing else."""
+def scraped(url: str) -> Iterator[list[float]]:
+    """Every 50 ms, by a thread of this process, which does nothing else; how many seconds each scrape took."""
+    took_s: list[float] = []
     ended = threading.Event()
     address = urlsplit(url).netloc
 
@@ -37,16 +38,18 @@ def scraped(url: str) -> Iterator[None]:
         connection = http.client.HTTPConnection(address, timeout=30)
         due_at = time.monotonic()
         while not ended.wait(max(0.0, due_at - time.monotonic())):
-            due_at = max(due_at + PACE_S, time.monotonic())
+            began = time.monotonic()
+            due_at = max(due_at + PACE_S, began)
             connection.request("GET", "/metrics")
             answer = connection.getresponse()
             assert answer.status == 200, answer.read()
             answer.read()
+            took_s.append(time.monotonic() - began)
 
     thread = threading.Thread(target=scrape)
     thread.start()
     try:
-        yield
+        yield took_s
     finally:
         ended.set()
         thread.join()
