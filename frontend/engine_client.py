@@ -137,7 +137,6 @@ class EngineConnection:
             else:
                 generation, sequence = known
                 generation.on_output(sequence, output, outputs.at)
-        self.record.observe_gaps()
 
     def _on_unwanted(self, output: Output) -> None:
         reason = self._unwanted.get(output.request_id, "disconnect")

@@ -1,6 +1,7 @@
 """What one API server counts: its own requests and their tokens, and its HTTP answers. Pure.
 
-The only writer of request scope. Every method is a few array operations on cells that were looked up at the start.
+The only writer of request scope. Every method is a few array operations on cells that were looked up at the start;
+what comes with every token is gathered, and `flush` adds it to the tally once for each commit.
 What an iteration did is not counted here: an API server sees its own requests' part of it only.
 
 The tokens' ledger (P6): `received` counts every token that came from an engine; each of them later becomes either
@@ -85,6 +86,7 @@ class EngineRecord:
         self._success = {r: cell("vllm:request_success_total", finished_reason=r) for r in FINISHED_REASONS}
         self._stale_snapshots = cell("wholebatch:stale_snapshots_total")
         self._histograms = {name: layout.histogram(f"vllm:{name}", engine=label) for name in _HISTOGRAMS}
+        self._num_delivered = 0  # and not in the tally yet
         self._gap_s = 0.0  # that the last tokens came after, and how many of them are not observed yet
         self._num_gaps = 0
         self.num_in_flight = 0
@@ -100,8 +102,8 @@ class EngineRecord:
         self._tally.inc(self._received, num_tokens)
 
     def delivered(self, num_tokens: int) -> None:
-        """About to be handed to a client's socket."""
-        self._tally.inc(self._delivered, num_tokens)
+        """About to be handed to a client's socket; in the tally with the next `flush`."""
+        self._num_delivered += num_tokens
 
     def undelivered(self, num_tokens: int, reason: str) -> None:
         """Received, and no client will get them."""
@@ -129,17 +131,17 @@ class EngineRecord:
         self._exemplary("time_to_first_token_seconds", seconds, origin)
 
     def later_tokens(self, gap_s: float, num_tokens: int) -> None:
-        """Later tokens of a sequence came, each so long after the one before; observed by `observe_gaps`."""
+        """Later tokens of a sequence came, each so long after the one before; all observed with the next `flush`."""
         if gap_s != self._gap_s:
-            self.observe_gaps()
+            self._observe_gaps()
             self._gap_s = gap_s
         self._num_gaps += num_tokens
 
-    def observe_gaps(self) -> None:
-        """At the end of each message: its sequences mostly have the same gap, and then it is one observation."""
-        if self._num_gaps:
-            self._observe(self._histograms["inter_token_latency_seconds"], self._gap_s, self._num_gaps)
-            self._num_gaps = 0
+    def flush(self) -> None:
+        """Add what was gathered to the tally."""
+        self._observe_gaps()
+        self._tally.inc(self._delivered, self._num_delivered)
+        self._num_delivered = 0
 
     def stale_snapshot(self) -> None:
         """A snapshot was not newer than the one held."""
@@ -185,6 +187,12 @@ class EngineRecord:
         in_flight = cells[self._submitted] - sum(cells[c] for c in self._ended.values())
         self._tally.inc(self._undelivered["server_lost"], held)
         self._tally.inc(self._ended["server_lost"], in_flight)
+
+    def _observe_gaps(self) -> None:
+        """The sequences of an iteration mostly have the same gap, and then it is one observation."""
+        if self._num_gaps:
+            self._observe(self._histograms["inter_token_latency_seconds"], self._gap_s, self._num_gaps)
+            self._num_gaps = 0
 
     def _exemplary(self, name: str, seconds: float | None, origin: Origin | None) -> None:
         if origin is not None and seconds is not None:
@@ -261,6 +269,11 @@ class RequestRecord:
     def fault(self, where: str) -> None:
         """The statistics plane failed somewhere, and a bulkhead caught it."""
         self._tally.inc(self._layout.cell("wholebatch:bulkhead_errors_total", where=where))
+
+    def flush(self) -> None:
+        """Add what was gathered to the tally: before each commit."""
+        for engine in self.engines:
+            engine.flush()
 
     def close_books(self) -> None:
         """A new incarnation begins: settle what the old one left open."""

@@ -66,7 +66,7 @@ class Serving:
             with self._bulkhead.around("record"):
                 path = exemplars_path(config.directory, API_SERVER, config.index)
                 self._exemplars = ExemplarStore(path, layouts[API_SERVER], time.time)
-        self.group = GroupCommit(self._store.commit, lambda error: self._bulkhead.caught("commit", error))
+        self.group = GroupCommit(self._commit, lambda error: self._bulkhead.caught("commit", error))
         self.group.now()
         self._admission = Admission(
             Limits(max_num_queued_reqs=config.max_num_queued_reqs, max_num_queued_tokens=config.max_num_queued_tokens),
@@ -133,6 +133,10 @@ class Serving:
         self._store.close()
         if self._exemplars is not None:
             self._exemplars.close()
+
+    def _commit(self) -> None:
+        self.record.flush()
+        self._store.commit()
 
     def _service(self, config: ServerConfig, facts: Facts, tokenizer: Tokenizer) -> OpenAIService:
         """The API, with every request's end told where somebody asks for it."""

@@ -84,8 +84,8 @@ class Process:
                 engine.received(4)
                 engine.delivered(4)
                 engine.later_tokens(0.0213, 4)
-                engine.observe_gaps()
                 engine.first_token(0.153)
+            self._server.flush()
         self.store.commit()
 
     def keep_house(self) -> None:

@@ -36,13 +36,14 @@ class Bench:
         self.tally = Tally(LAYOUT)
         self.num_commits = 0
         self.committed = list(self.tally.cells)
-        record = RequestRecord(self.tally, LAYOUT, 1)
+        self.record = RequestRecord(self.tally, LAYOUT, 1)
         group = GroupCommit(self._commit, lambda error: None)
-        self.clients = EngineClients(self.context, directory, Identity(index=0, incarnation=1), record, group)
+        self.clients = EngineClients(self.context, directory, Identity(index=0, incarnation=1), self.record, group)
         self._version = 0
 
     def _commit(self) -> None:
         self.num_commits += 1
+        self.record.flush()
         self.committed = list(self.tally.cells)
 
     def table(self, incarnation: int, state: str) -> None:
@@ -71,6 +72,7 @@ class Bench:
 
     def tokens(self) -> dict[str, float]:
         """Where the received tokens went; what is not there is held."""
+        self.record.flush()
         reasons = ("disconnect", "stop", "error", "server_lost")
         undelivered = {r: self.count("wholebatch:undelivered_tokens_total", reason=r) for r in reasons}
         counts = {name: self.count(f"wholebatch:{name}_tokens_total") for name in ("received", "delivered")}

@@ -142,6 +142,7 @@ def test_closing_the_books_settles_exactly_what_was_open():
     engine.received(10)
     engine.delivered(4)
     engine.undelivered(1, "disconnect")
+    record.flush()
     record.close_books()
     assert cell(tally, "wholebatch:undelivered_tokens_total", engine="0", reason="server_lost") == 5
     assert cell(tally, "wholebatch:sequences_ended_total", engine="0", finished_reason="server_lost") == 2
@@ -192,7 +193,6 @@ def live(record: RequestRecord, life: Life) -> None:
     engine.first_token(life.gaps[0] / 8)
     for gap in life.gaps[1:]:
         engine.later_tokens(gap / 8, 1)
-    engine.observe_gaps()
     engine.delivered(life.num_delivered)
     engine.undelivered(len(life.gaps) - life.num_delivered, "disconnect")
     engine.ended(life.reason)
@@ -210,7 +210,7 @@ def test_gaps_are_observed_each_as_often_as_it_came_however_they_follow_one_anot
     for gap_s, num_tokens in gaps:
         record.engines[0].later_tokens(gap_s, num_tokens)
         expected.observe(histogram, gap_s, num_tokens)
-    record.engines[0].observe_gaps()
+    record.flush()
     assert tally.cells == expected.cells
 
 
@@ -222,6 +222,8 @@ def test_any_split_over_api_servers_sums_to_what_one_counts(requests: list[Life]
     for life in requests:
         live(one, life)
         live(many[life.api_server % num_api_servers][0], life)
+    for record, _ in ((one, whole), *many):
+        record.flush()
     counters = ~LAYOUT.gauges
     summed = np.sum([np.frombuffer(tally.cells) for _, tally in many], axis=0)
     np.testing.assert_allclose(summed[counters], np.frombuffer(whole.cells)[counters], rtol=1e-12)
@@ -233,6 +235,7 @@ def test_every_received_token_and_every_sequence_is_settled_once_all_requests_ar
     record, tally = make()
     for life in requests:
         live(record, life)
+    record.flush()
     before = list(tally.cells)
     record.close_books()
     assert list(tally.cells) == before
