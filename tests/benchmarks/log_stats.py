@@ -1,29 +1,50 @@
 """What the statistics cost a whole deployment: tokens a second with them and with `--disable-log-stats`.
 
-Everything is real but the model: one engine whose runner returns at once, 256 sequences at a time, and one API server,
-so that next to nothing else costs time. Both deployments are up at once and take turns; an idle one costs next to
-nothing. Beside it the processor time of each process a token, which a busy machine disturbs less than it does tokens a
-second.
+Everything is real but the model: an engine whose runner returns at once, 256 sequences at a time, and one API server,
+so that next to nothing else costs time. Two processes that run the same code differ by some percent, for as long as
+they live, and the machine by more from one second to the next. So the deployments are started anew several times, take
+turns in random order within each start, the idle ones stopped; and a third, without statistics like the second, shows
+what a difference between equals looks like here. Beside tokens a second the processor time of engine and API server
+a token, which a busy machine disturbs less.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import random
 import statistics
-from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import psutil
 
 from engine import default_model
 from metrics.deployment import API_SERVER, ENGINE
 from tests.benchmarks.report import document, table
+from tests.benchmarks.sides import Side, alone
 from tests.benchmarks.sse_client import random_prompts, run_load
 from tests.e2e.harness import Served, served
 
-SIDES = {"with statistics": (), "without": ("--disable-log-stats",)}
+OFF = ("--disable-log-stats",)
+SIDES = {"with statistics": (), "without": OFF, "without, again": OFF}
 FLAGS = ("--served-model-name", "m", "--no-enable-prefix-caching", "--api-server-count", "1")
-FIGURES = ("tokens_per_s", "engine_us", "api_server_us")
+WARM_UP_TOKENS = 50
+
+
+class Round(NamedTuple):
+    """One load on one side."""
+
+    tokens_per_s: float
+    engine_us: float  # of processor time, a token
+    api_server_us: float
+
+    @property
+    def us(self) -> float:
+        return self.engine_us + self.api_server_us
+
+
+Rounds = list[dict[str, Round]]
 
 
 def cpu_s(pid: int) -> float:
@@ -31,46 +52,80 @@ def cpu_s(pid: int) -> float:
     return float(times.user + times.system)
 
 
-def measure(deployment: Served, sequences: int, tokens: int, seed: int) -> dict[str, float]:
-    """One load: tokens a second, and microseconds of processor time a token."""
+def measure(deployment: Served, sequences: int, tokens: int, seed: int) -> Round:
     pids = [*deployment.pids(ENGINE), *deployment.pids(API_SERVER)]
     before = [cpu_s(pid) for pid in pids]
     load = run_load(deployment.url, "m", random_prompts(sequences, (16, 16), seed), tokens, sequences)
     spent = [(cpu_s(pid) - earlier) / (sequences * tokens) * 1e6 for pid, earlier in zip(pids, before, strict=True)]
-    return dict(zip(FIGURES, (load.tokens_per_s, *spent), strict=True))
+    return Round(load.tokens_per_s, *spent)
 
 
-def median(rounds: Sequence[dict[str, float]], figure: str) -> float:
-    return statistics.median(one[figure] for one in rounds)
+def one_start(sequences: int, tokens: int, num_rounds: int, order: random.Random) -> Rounds:
+    """All sides, started anew."""
+    rounds: Rounds = []
+    with ExitStack() as stack:
+        deployments = {}
+        for side in order.sample(list(SIDES), len(SIDES)):
+            running = served(default_model.fetch(), *FLAGS, *SIDES[side], module="tests.benchmarks.serve_instant")
+            deployments[side] = stack.enter_context(running)
+        sides = {
+            side: Side(name=side, url=deployment.url, model="m", pid=deployment.process.pid)
+            for side, deployment in deployments.items()
+        }
+        for deployment in deployments.values():
+            measure(deployment, sequences, WARM_UP_TOKENS, 0)
+        for number in range(num_rounds):
+            rounds.append({})
+            for side in order.sample(list(SIDES), len(SIDES)):
+                with alone(sides[side], list(sides.values())):
+                    rounds[-1][side] = measure(deployments[side], sequences, tokens, number + 1)
+    return rounds
+
+
+def ratio(starts: list[Rounds], figure: str, side: str, other: str) -> tuple[float, float]:
+    """One side's figure over the other's: the mean over all starts of each one's median, and its standard error."""
+    medians = [
+        statistics.median(getattr(one[side], figure) / getattr(one[other], figure) for one in rounds)
+        for rounds in starts
+    ]
+    error = statistics.stdev(medians) / math.sqrt(len(medians)) if len(medians) > 1 else math.inf
+    return statistics.fmean(medians), error
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=256, help="at once (256)")
     parser.add_argument("--tokens", type=int, default=2000, help="of each answer (2000)")
-    parser.add_argument("--rounds", type=int, default=6, help="of each side (6)")
+    parser.add_argument("--starts", type=int, default=8, help="of all deployments (8)")
+    parser.add_argument("--rounds", type=int, default=4, help="of each side in each start (4)")
     args = parser.parse_args()
-    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    with ExitStack() as stack:
-        deployments = {
-            side: stack.enter_context(
-                served(default_model.fetch(), *FLAGS, *flags, module="tests.benchmarks.serve_instant")
-            )
-            for side, flags in SIDES.items()
-        }
-        for deployment in deployments.values():
-            measure(deployment, args.sequences, 50, 0)  # a warm-up
-        for number in range(args.rounds):
-            order = list(SIDES) if number % 2 else list(reversed(SIDES))
-            for side in order:
-                rounds[side].append(measure(deployments[side], args.sequences, args.tokens, number + 1))
-    medians = {side: {figure: median(rounds[side], figure) for figure in FIGURES} for side in SIDES}
-    ratios = [one["tokens_per_s"] / other["tokens_per_s"] for one, other in zip(*rounds.values(), strict=True)]
-    rows = [(side, *(f"{medians[side][figure]:.1f}" for figure in FIGURES)) for side in SIDES]
+    order = random.Random(0)
+    starts = [one_start(args.sequences, args.tokens, args.rounds, order) for _ in range(args.starts)]
+    medians = {
+        side: Round(*map(statistics.median, zip(*(one[side] for rounds in starts for one in rounds), strict=True)))
+        for side in SIDES
+    }
     header = ("", "tokens/s", "engine, µs of processor time a token", "API server, µs")
-    table(f"{args.sequences} sequences, median of {args.rounds} rounds", header, rows)
-    print(f"\nwith / without, tokens/s: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-    document("log_stats", {"medians": medians, "ratio": statistics.median(ratios), "rounds": rounds})
+    table(
+        f"{args.sequences} sequences, median of {args.starts} starts with {args.rounds} rounds each",
+        header,
+        [(side, *(f"{value:.2f}" for value in median)) for side, median in medians.items()],
+    )
+    on, off, again = SIDES
+    ratios = {
+        f"{side} / {other}, {figure}": ratio(starts, figure, side, other)
+        for figure in ("tokens_per_s", "us")
+        for side, other in ((on, off), (on, again), (again, off))
+    }
+    rows = [(what, f"{mean:.3f}", f"{error:.3f}") for what, (mean, error) in ratios.items()]
+    table("The one over the other", ("", "ratio", "standard error"), rows)
+    results = {
+        "medians": {side: median._asdict() for side, median in medians.items()},
+        "ratio": ratios[f"{on} / {off}, tokens_per_s"][0],
+        "ratios": ratios,
+        "starts": starts,
+    }
+    document("log_stats", results)
 
 
 if __name__ == "__main__":
