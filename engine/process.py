@@ -27,6 +27,7 @@ from engine.beacon import Beacon, FaultLog, Shared
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig, engine_config_from_json
 from engine.core import EngineCore
+from engine.host import available_cores
 from engine.loop import EngineLoop, bind_router
 from engine.record import Recorder
 from engine.scheduler import Scheduler
@@ -63,7 +64,7 @@ class CannotServeError(Exception):
 def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelRunner:
     """The model of the configuration; raises CannotServeError."""
     # NOTE: before torch, whose OpenMP may be told to bind to one core
-    num_cores = max(1, len(os.sched_getaffinity(0)) // config.num_engines)
+    num_cores = max(1, available_cores() // config.num_engines)
     # Here, not above: what runs another runner has no need of torch and its seconds of importing.
     from engine.runner import TorchRunner
     from engine.weights.spec import ModelError

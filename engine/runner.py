@@ -10,16 +10,15 @@ reserved at start and, on a CPU, backed by memory only where it has been written
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from engine.batch import Batch, SampledToken, ScheduledSequence
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
+from engine.host import available_bytes, available_cores
 from engine.kernels import kernels_for
 from engine.kernels.interface import FlatBatch, Kernels
 from engine.models.llama import FlatInput, LlamaModel
@@ -80,7 +79,7 @@ class TorchRunner:
         """
         device = _device(model.device)
         if device.type == "cpu":
-            torch.set_num_threads(num_threads or num_cores or len(os.sched_getaffinity(0)))
+            torch.set_num_threads(num_threads or num_cores or available_cores())
         progress(f"loading {model.path}")
         checkpoint = open_checkpoint(model.path)
         spec = checkpoint.spec
@@ -252,17 +251,9 @@ def _num_blocks(
     if device.type == "cuda":
         num_bytes = int(torch.cuda.mem_get_info(device)[0] * _GPU_CACHE_SHARE)
     else:
-        num_bytes = min(4 * _GIB, _available_memory_bytes() // 4)
+        num_bytes = min(4 * _GIB, available_bytes() // 4)
     usable = scheduler.max_num_seqs * -(-max_model_len // cache.block_size)
     return min(num_bytes // block_bytes, usable)
-
-
-def _available_memory_bytes() -> int:
-    """What the kernel says could be given out without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 4 * _GIB
 
 
 def _too_small(num_blocks: int, block_size: int, max_model_len: int, block_bytes: int) -> str:
