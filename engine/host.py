@@ -8,11 +8,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 _UNKNOWN: Final = 16 * 2**30  # bytes, where /proc tells nothing
 _PROC: Final = Path("/proc")
 _GROUPS: Final = Path("/sys/fs/cgroup")
+
+
+class Share(NamedTuple):
+    """What one of several engines on this host may use."""
+
+    num_cores: int  # at least one
+    num_bytes: int
+
+
+def share(num_engines: int = 1) -> Share:
+    """An even one of what is available."""
+    return Share(max(1, available_cores() // num_engines), available_bytes() // num_engines)
 
 
 def available_bytes(proc: Path = _PROC, groups: Path = _GROUPS) -> int:

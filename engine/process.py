@@ -27,7 +27,7 @@ from engine.beacon import Beacon, FaultLog, Shared
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig, engine_config_from_json
 from engine.core import EngineCore
-from engine.host import available_cores
+from engine.host import share
 from engine.loop import EngineLoop, bind_router
 from engine.record import Recorder
 from engine.scheduler import Scheduler
@@ -64,7 +64,7 @@ class CannotServeError(Exception):
 def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelRunner:
     """The model of the configuration; raises CannotServeError."""
     # NOTE: before torch, whose OpenMP may be told to bind to one core
-    num_cores = max(1, available_cores() // config.num_engines)
+    host_share = share(config.num_engines)
     # Here, not above: what runs another runner has no need of torch and its seconds of importing.
     from engine.runner import TorchRunner
     from engine.weights.spec import ModelError
@@ -78,7 +78,7 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
             max_model_len_fixed=None if facts is None else facts.max_model_len,
             num_blocks_fixed=None if facts is None else facts.num_gpu_blocks,
             num_threads=_chosen_threads(),
-            num_cores=num_cores,
+            host_share=host_share,
             progress=progress,
         )
     except ModelError as error:

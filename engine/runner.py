@@ -18,7 +18,7 @@ import torch
 
 from engine.batch import Batch, SampledToken, ScheduledSequence
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
-from engine.host import available_bytes, available_cores
+from engine.host import Share, share
 from engine.kernels import kernels_for
 from engine.kernels.interface import FlatBatch, Kernels
 from engine.models.llama import FlatInput, LlamaModel
@@ -69,17 +69,18 @@ class TorchRunner:
         max_model_len_fixed: int | None = None,
         num_blocks_fixed: int | None = None,
         num_threads: int | None = None,
-        num_cores: int | None = None,
+        host_share: Share | None = None,
         progress: Callable[[str], None] = lambda line: None,
     ) -> TorchRunner:
         """Read the weights and reserve the cache. What an earlier engine of the deployment fixed is taken as it is.
-        Threads on a CPU are `num_threads`, or else as many as suit the model, of `num_cores` (None: all there are).
+        Threads on a CPU are `num_threads`, or else as many as suit the model, of `host_share` (None: all there is).
 
         Raises ModelError, one line for the operator.
         """
+        host_share = host_share or share()
         device = _device(model.device)
         if device.type == "cpu":
-            torch.set_num_threads(num_threads or num_cores or available_cores())
+            torch.set_num_threads(num_threads or host_share.num_cores)
         progress(f"loading {model.path}")
         checkpoint = open_checkpoint(model.path)
         spec = checkpoint.spec
@@ -103,7 +104,7 @@ class TorchRunner:
         block_bytes = spec.num_layers * math.prod(shape) * dtype.itemsize
         num_blocks = num_blocks_fixed
         if num_blocks is None:
-            num_blocks = _num_blocks(cache, scheduler, max_model_len, block_bytes, device)
+            num_blocks = _num_blocks(cache, scheduler, max_model_len, block_bytes, _cache_bytes(device, host_share))
         if num_blocks * cache.block_size < max_model_len:
             raise ModelError(_too_small(num_blocks, cache.block_size, max_model_len, block_bytes))
         kv_caches = _reserve((spec.num_layers, num_blocks, *shape), dtype, device)
@@ -241,19 +242,22 @@ def _max_model_len(spec: ModelSpec, model: ModelConfig, fixed: int | None, progr
 
 
 def _num_blocks(
-    cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int, block_bytes: int, device: torch.device
+    cache: CacheConfig, scheduler: SchedulerConfig, max_model_len: int, block_bytes: int, cache_bytes: int
 ) -> int:
-    """As many as were asked for; else what a share of memory holds, but no more than can be used."""
+    """As many as were asked for; else those that `cache_bytes` hold, but no more than can be used."""
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
     if cache.kv_cache_memory_bytes is not None:
         return cache.kv_cache_memory_bytes // block_bytes
-    if device.type == "cuda":
-        num_bytes = int(torch.cuda.mem_get_info(device)[0] * _GPU_CACHE_SHARE)
-    else:
-        num_bytes = min(4 * _GIB, available_bytes() // 4)
     usable = scheduler.max_num_seqs * -(-max_model_len // cache.block_size)
-    return min(num_bytes // block_bytes, usable)
+    return min(cache_bytes // block_bytes, usable)
+
+
+def _cache_bytes(device: torch.device, host_share: Share) -> int:
+    """Memory for a KV cache whose size nobody chose."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _GPU_CACHE_SHARE)
+    return min(4 * _GIB, host_share.num_bytes // 4)
 
 
 def _too_small(num_blocks: int, block_size: int, max_model_len: int, block_bytes: int) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.host import available_bytes, available_cores
+from engine import host
+from engine.host import available_bytes, available_cores, share
 
 GIB = 2**30
 MEMINFO = {"proc/meminfo": f"MemTotal: 99999999 kB\nMemAvailable: {8 * GIB // 1024} kB\n"}
@@ -89,6 +90,12 @@ def test_bytes(tmp_path: Path, files: dict[str, str], expected: int):
 def test_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     assert available_cores(*write(tmp_path, files)) == expected
+
+
+def test_engines_share_both_evenly_and_have_a_core_each_at_least(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host, "available_cores", lambda: 6)
+    monkeypatch.setattr(host, "available_bytes", lambda: 8 * GIB)
+    assert (share(), share(4), share(8)) == ((6, 8 * GIB), (1, 2 * GIB), (1, GIB))
 
 
 def test_on_this_host_there_are_some_of_both():

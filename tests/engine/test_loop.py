@@ -17,7 +17,7 @@ import zmq
 from engine import wire
 from engine.beacon import FaultLog, Shared
 from engine.config import to_json
-from engine.host import available_cores
+from engine.host import share
 from engine.loop import EngineLoop, bind_router
 from engine.process import CannotServeError, load_runner, main, make_core
 from engine.record import Recorder
@@ -419,7 +419,7 @@ def test_threads_that_the_operator_binds_to_cores_are_as_many_as_the_cores(direc
         cwd=Path(__file__).parent.parent.parent,
         env=environment | {"OMP_PROC_BIND": "true"},
     )
-    assert int(printed) == available_cores()
+    assert int(printed) == share().num_cores
 
 
 def test_a_missing_model_is_refused_by_the_real_loader(directory: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from engine.batch import Batch, ScheduledSequence
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
+from engine.host import Share
 from engine.runner import TorchRunner
 from engine.sampling_params import SamplingParams
 from engine.weights.spec import ModelError
@@ -33,9 +35,10 @@ def runner(model: Path) -> TorchRunner:
 
 def load(path: Path, *, cache: CacheConfig | None = None, **options: object) -> TorchRunner:
     """With one thread; options of ModelConfig and of `load`."""
-    fixed = {name: options.pop(name) for name in list(options) if name.endswith("_fixed") or name == "progress"}
+    of_load = inspect.signature(TorchRunner.load).parameters
+    given = {name: options.pop(name) for name in list(options) if name in of_load}
     config = ModelConfig(path=str(path), **options)  # type: ignore[arg-type]
-    return TorchRunner.load(config, cache or CacheConfig(), SchedulerConfig(), num_threads=1, **fixed)  # type: ignore[arg-type]
+    return TorchRunner.load(config, cache or CacheConfig(), SchedulerConfig(), num_threads=1, **given)  # type: ignore[arg-type]
 
 
 def sequence(tokens: list[int], start: int, num_tokens: int, blocks: list[int], number: int = 0) -> ScheduledSequence:
@@ -117,6 +120,10 @@ def test_the_default_cache_is_no_larger_than_can_be_used(model: Path):
     assert load(model).num_blocks <= 256 * 128
 
 
+def test_the_default_cache_takes_a_quarter_of_the_engines_share_of_memory(model: Path):
+    assert load(model, host_share=Share(1, 600 * BLOCK_BYTES)).num_blocks == 150
+
+
 def test_what_is_fixed_by_an_earlier_engine_is_taken_as_it_is(model: Path):
     runner = load(model, cache=CacheConfig(num_gpu_blocks_override=500), max_model_len_fixed=160, num_blocks_fixed=10)
     assert (runner.num_blocks, runner.max_model_len) == (10, 160)
@@ -195,7 +202,7 @@ def test_threads_are_the_callers_choice_or_suit_the_model(
     before = torch.get_num_threads()
     try:
         config = ModelConfig(path=str(model))
-        TorchRunner.load(config, CacheConfig(), SchedulerConfig(), num_threads=num_threads, num_cores=2)
+        TorchRunner.load(config, CacheConfig(), SchedulerConfig(), num_threads=num_threads, host_share=Share(2, 2**30))
         assert torch.get_num_threads() == num_used
     finally:
         torch.set_num_threads(before)
