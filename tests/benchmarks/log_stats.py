@@ -17,18 +17,13 @@ import statistics
 from contextlib import ExitStack
 from typing import NamedTuple
 
-import psutil
-
-from engine import default_model
-from metrics.deployment import API_SERVER, ENGINE
 from tests.benchmarks.report import document, table
 from tests.benchmarks.sides import Side, alone
-from tests.benchmarks.sse_client import random_prompts, run_load
-from tests.e2e.harness import Served, served
+from tests.benchmarks.token_path import NAME, deployed, spend
+from tests.e2e.harness import Served
 
 OFF = ("--disable-log-stats",)
 SIDES = {"with statistics": (), "without": OFF, "without, again": OFF}
-FLAGS = ("--served-model-name", "m", "--no-enable-prefix-caching", "--api-server-count", "1")
 WARM_UP_TOKENS = 50
 
 
@@ -47,17 +42,10 @@ class Round(NamedTuple):
 Rounds = list[dict[str, Round]]
 
 
-def cpu_s(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
-
-
 def measure(deployment: Served, sequences: int, tokens: int, seed: int) -> Round:
-    pids = [*deployment.pids(ENGINE), *deployment.pids(API_SERVER)]
-    before = [cpu_s(pid) for pid in pids]
-    load = run_load(deployment.url, "m", random_prompts(sequences, (16, 16), seed), tokens, sequences)
-    spent = [(cpu_s(pid) - earlier) / (sequences * tokens) * 1e6 for pid, earlier in zip(pids, before, strict=True)]
-    return Round(load.tokens_per_s, *spent)
+    spent = spend(deployment, sequences, tokens, seed)
+    each_us = 1e6 / (sequences * tokens)
+    return Round(spent.load.tokens_per_s, spent.engine_s * each_us, spent.api_server_s * each_us)
 
 
 def one_start(sequences: int, tokens: int, num_rounds: int, order: random.Random) -> Rounds:
@@ -66,10 +54,9 @@ def one_start(sequences: int, tokens: int, num_rounds: int, order: random.Random
     with ExitStack() as stack:
         deployments = {}
         for side in order.sample(list(SIDES), len(SIDES)):
-            running = served(default_model.fetch(), *FLAGS, *SIDES[side], module="tests.benchmarks.serve_instant")
-            deployments[side] = stack.enter_context(running)
+            deployments[side] = stack.enter_context(deployed(0.0, SIDES[side]))
         sides = {
-            side: Side(name=side, url=deployment.url, model="m", pid=deployment.process.pid)
+            side: Side(name=side, url=deployment.url, model=NAME, pid=deployment.process.pid)
             for side, deployment in deployments.items()
         }
         for deployment in deployments.values():
