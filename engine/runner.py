@@ -113,6 +113,7 @@ class TorchRunner:
         )
         sampler = Sampler(decoder.head, seed=model.seed, eos_token_ids=spec.eos_token_ids)
         runner = cls(decoder, kernels, kv_caches, sampler, max_model_len=max_model_len)
+        progress("computing first batches; on a first start that compiles kernels, for some seconds")
         runner._warm_up()
         return runner
 

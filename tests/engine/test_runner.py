@@ -192,6 +192,7 @@ def test_loading_reports_its_progress(model: Path):
     assert lines[0].startswith("loading")
     assert any("2 of 2 layers" in line for line in lines)
     assert any("KV cache" in line for line in lines)
+    assert lines[-1].startswith("computing first batches")
 
 
 @pytest.mark.parametrize(("few_weights", "num_threads", "num_used"), [(10**9, None, 1), (0, None, 2), (10**9, 3, 3)])
