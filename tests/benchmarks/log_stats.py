@@ -75,17 +75,18 @@ def ratio(starts: list[Rounds], figure: str, side: str, other: str) -> tuple[flo
         statistics.median(getattr(one[side], figure) / getattr(one[other], figure) for one in rounds)
         for rounds in starts
     ]
-    error = statistics.stdev(medians) / math.sqrt(len(medians)) if len(medians) > 1 else math.inf
-    return statistics.fmean(medians), error
+    return statistics.fmean(medians), statistics.stdev(medians) / math.sqrt(len(medians))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=256, help="at once (256)")
     parser.add_argument("--tokens", type=int, default=2000, help="of each answer (2000)")
-    parser.add_argument("--starts", type=int, default=8, help="of all deployments (8)")
+    parser.add_argument("--starts", type=int, default=8, help="of all deployments, 2 or more (8)")
     parser.add_argument("--rounds", type=int, default=4, help="of each side in each start (4)")
     args = parser.parse_args()
+    if args.starts < 2:
+        parser.error("one start says nothing of how much starts differ")
     order = random.Random(0)
     starts = [one_start(args.sequences, args.tokens, args.rounds, order) for _ in range(args.starts)]
     medians = {
