@@ -40,7 +40,7 @@ check: install-test ## lint, format, types, generated text
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m metrics.generate --check
+	$(BIN)/python -m metrics.dashboards.generate --check
 	$(BIN)/python -m tests.readme --check
 
 format: install-test ## put the code into its form
@@ -48,7 +48,7 @@ format: install-test ## put the code into its form
 	$(BIN)/ruff format .
 
 generate: install-test ## rewrite what is made from the code: the README's tables, dashboards, rules
-	$(BIN)/python -m metrics.generate
+	$(BIN)/python -m metrics.dashboards.generate
 	$(BIN)/python -m tests.readme
 
 bench: install-test model ## measure what the README claims

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from metrics.deployment import Facts
+from engine.wire import Facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,7 @@ class DeploymentConfig:
     cache: CacheConfig
     scheduler: SchedulerConfig
     stats: StatsConfig
-    engine_module: str = "engine.process"
+    engine_module: str = "engine.loop.process"
     api_server_module: str = "frontend.server"
     max_num_queued_reqs: int | None = None  # of the whole deployment; None: no limit
     max_num_queued_tokens: int | None = None

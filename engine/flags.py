@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from engine import default_model
 from engine.config import CacheConfig, DeploymentConfig, ModelConfig, SchedulerConfig, StatsConfig
-from engine.directory import default_runtime_directory
-from metrics.buckets import FINE_LATENCY, parse_overrides
+from engine.supervisor import default_runtime_directory
+from metrics.catalogue import FINE_LATENCY, parse_overrides
 
 API_KEY_VARIABLE = "WHOLEBATCH_API_KEY"
 MAX_PROCESSES = 256

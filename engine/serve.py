@@ -13,17 +13,16 @@ from pathlib import Path
 
 import setproctitle
 
-from engine.directory import DeploymentDirectory, DirectoryError
 from engine.flags import API_KEY_VARIABLE, FlagError, parse
-from engine.supervisor import ListenError, Supervisor, listen
+from engine.supervisor import DeploymentDirectory, DirectoryError, ListenError, Supervisor, listen
 from metrics.broadcast import BroadcastError
-from metrics.store import StoreError
+from metrics.files import StoreError
 
 
 def main(
     arguments: list[str] | None = None,
     *,
-    engine_module: str = "engine.process",
+    engine_module: str = "engine.loop.process",
     api_server_module: str = "frontend.server",
 ) -> int:
     """The exit code: 0 after a signal, 1 when the deployment failed later, 2 for what cannot be served. The modules

@@ -23,14 +23,15 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from frontend import openai, tracing
+from engine.wire import Deployment
+from frontend import tracing
+from frontend.api import add_routes
 from frontend.config import ServerConfig
 from frontend.deployment_view import DeploymentView
-from frontend.discovery import OWN_PATH, PROCESSES_PATH, targets
 from frontend.errors import EngineUnavailable, NotFound, Unauthorized, error_middleware
-from frontend.scrape_request import ScrapeRequest, scrape_request
+from frontend.scrape import OWN_PATH, PROCESSES_PATH, ScrapeRequest, scrape_request, targets
 from frontend.serving import Serving
-from metrics.deployment import API_SERVER, Deployment
+from metrics.catalogue import API_SERVER
 
 MAX_BODY_BYTES: Final = 4 * 2**20
 CLIENT_GONE: Final = 499  # no answer was seen; counted as 4xx
@@ -78,7 +79,7 @@ def public_app(state: State) -> web.Application:
     if state.config.is_traced:
         middlewares.append(tracing.middleware)
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
-    openai.add_routes(app, lambda: state.ready().openai)
+    add_routes(app, lambda: state.ready().openai)
     routes = StatusRoutes(state)
     routes.add_to(app)
     app.router.add_get("/metrics", routes.metrics)

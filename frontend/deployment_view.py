@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import zmq
 
+from engine.wire import DEPLOYMENT_TOPIC, Deployment, DeploymentError, decode_deployment
 from frontend.sockets import Messages, SocketReader
 from metrics import broadcast
-from metrics.deployment import TOPIC, Deployment, DeploymentError, decode_deployment
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class DeploymentView:
         self.table: Deployment | None = None
         self.num_rejected = 0
         self._callbacks: list[Callable[[Deployment], None]] = []
-        socket = broadcast.make_subscriber(context, [broadcast.deployment_endpoint(directory)], [TOPIC])
+        socket = broadcast.make_subscriber(context, [broadcast.deployment_endpoint(directory)], [DEPLOYMENT_TOPIC])
         self._reader = SocketReader(socket, self._on_messages)
 
     def subscribe(self, callback: Callable[[Deployment], None]) -> Callable[[], None]:

@@ -10,7 +10,7 @@ import re
 from contextvars import ContextVar
 from typing import Final
 
-from metrics.exemplars import Origin
+from metrics.files import Origin
 
 ORIGIN: Final[ContextVar[Origin | None]] = ContextVar("origin", default=None)
 

@@ -22,14 +22,13 @@ import setproctitle
 import zmq
 from aiohttp import web
 
+from engine.wire import Alive, Deployment, Facts, Failed, Lifeline, Ready
 from frontend.app import State, admin_app, public_app
 from frontend.config import ConfigError, ServerConfig, server_config_from_json
 from frontend.deployment_view import DeploymentView
 from frontend.serving import Serving
-from frontend.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from metrics.deployment import Alive, Deployment, Facts, Failed, Ready
-from metrics.lifeline import Lifeline
-from metrics.store import StoreError
+from frontend.text import Tokenizer, TokenizerError, load_tokenizer
+from metrics.files import StoreError
 
 try:
     import uvloop
@@ -180,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = _read_config(parser.parse_args(arguments).config_fd)
         if config.is_traced:
-            import frontend.otlp  # noqa: F401  before anything is served: the packages are optional
+            import frontend.tracing.otlp  # noqa: F401  before anything is served: the packages are optional
     except (ConfigError, OSError) as error:
         print(f"frontend.server: cannot read the configuration: {error}", file=sys.stderr)
         return 2

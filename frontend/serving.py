@@ -14,28 +14,22 @@ from typing import TYPE_CHECKING, Final
 
 import zmq
 
-from frontend.admission import Admission, InFlight, Limits
-from frontend.bulkhead import Bulkhead
+from engine.wire import Facts
+from frontend.api import Clients, OpenAIService
 from frontend.config import ServerConfig
+from frontend.counters import Bulkhead, GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
-from frontend.engine_client import EngineClients, Identity
-from frontend.exporter import Exporter, boottime
-from frontend.group_commit import GroupCommit
-from frontend.openai import Clients, OpenAIService
-from frontend.pool import Figures, Pool, load_report
-from frontend.request_record import RequestRecord
-from frontend.scrape import Layouts, Scrape
-from frontend.tokenizer import Tokenizer
+from frontend.engines import Admission, EngineClients, Identity, InFlight, Limits
+from frontend.scrape import Exporter, Figures, Layouts, Pool, Scrape, boottime, load_report
+from frontend.text import Tokenizer
 from frontend.tracing import TracedClients
-from metrics.deployment import API_SERVER, ENGINE, Facts
-from metrics.exemplar_store import ExemplarStore, exemplars_path
-from metrics.exemplars import Origin
+from metrics.catalogue import API_SERVER, ENGINE
+from metrics.files import ExemplarStore, Origin, TallyStore, exemplars_path, tally_path
 from metrics.layout import Histogram
-from metrics.process import ProcessMetrics
-from metrics.store import TallyStore, tally_path
+from metrics.usage import ProcessMetrics
 
 if TYPE_CHECKING:
-    from frontend.otlp import Telemetry
+    from frontend.tracing.otlp import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +185,7 @@ def _telemetry(config: ServerConfig) -> Telemetry | None:
     """None where nobody asks for it: then OpenTelemetry is not even imported."""
     if not config.is_traced:
         return None
-    from frontend.otlp import Telemetry
+    from frontend.tracing.otlp import Telemetry
 
     return Telemetry(
         instance=f"{socket.gethostname()}:{config.port}/{API_SERVER}-{config.index}",

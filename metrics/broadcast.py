@@ -1,6 +1,6 @@
 """The sockets of the statistics plane: snapshots and tables out, heartbeats back.
 
-Not the messages (`metrics.snapshot`, `metrics.deployment`), nor any loop or thread. Plain ZeroMQ: pass a
+Not the messages (`metrics.snapshot`, `engine.wire.deployment`), nor any loop or thread. Plain ZeroMQ: pass a
 `zmq.asyncio.Context` to get sockets to await. Every socket is bounded, lingers for nobody and is made here.
 
 Publishing never waits. A subscriber that does not read loses messages once its own queue is full, and nobody else

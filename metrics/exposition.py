@@ -41,10 +41,9 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from metrics.catalogue import METRICS
-from metrics.exemplars import Exemplar
+from metrics.catalogue import METRICS, Kind, Metric, Scope
+from metrics.files import Exemplar
 from metrics.layout import Labels, Layout, Series
-from metrics.metric import Kind, Metric, Scope
 
 PROCESS_SCOPES: Final = (Scope.PROCESS, Scope.AUDIT)
 BLOCK_VALUES: Final = 32  # written again where one of them has changed

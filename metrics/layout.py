@@ -19,10 +19,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from metrics.buckets import Bounds, bounds_of
-from metrics.catalogue import METRICS
-from metrics.deployment import API_SERVER, ENGINE, SUPERVISOR
-from metrics.metric import Kind, Metric, Scope
+from metrics.catalogue import API_SERVER, ENGINE, METRICS, SUPERVISOR, Bounds, Kind, Metric, Scope, bounds_of
 
 DIGEST_BYTES: Final = 16
 

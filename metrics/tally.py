@@ -1,7 +1,7 @@
 """What one process has counted since the deployment began: increments of a flat array of float64. Pure.
 
-Nothing here is durable: `metrics.store` commits it. Every value that would make a counter fall, or a sum meaningless,
-is refused with TallyError, and the caller's bulkhead counts that.
+Nothing here is durable: `metrics.files.store` commits it. Every value that would make a counter fall, or a sum
+meaningless, is refused with TallyError, and the caller's bulkhead counts that.
 """
 
 from __future__ import annotations

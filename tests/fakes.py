@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from engine.batch import Batch, SampledToken, ScheduledSequence
+from engine.schedule.batch import Batch, SampledToken, ScheduledSequence
 from engine.wire import Finish, SamplingParams, Start, TokenLogprobs
-from frontend.group_commit import GroupCommit, Party
+from frontend.counters.group_commit import GroupCommit, Party
 
 T = TypeVar("T")
 

@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from engine.batch import Runner
-from engine.block_pool import BlockPool
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
-from engine.core import EngineCore
-from engine.record import Recorder
-from engine.runner import TorchRunner
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.weights.gguf_checkpoint import GGUFCheckpoint
+from engine.device.runner import TorchRunner
+from engine.device.weights.gguf_checkpoint import GGUFCheckpoint
+from engine.loop.core import EngineCore
+from engine.schedule.batch import Runner
+from engine.schedule.block_pool import BlockPool
+from engine.schedule.record import Recorder
+from engine.schedule.scheduler import Scheduler
 from engine.wire import Submit
-from metrics.deployment import ENGINE
+from engine.wire.sampling import SamplingParams
+from metrics.catalogue import ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
 from tests.fakes import FakeClock

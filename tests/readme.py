@@ -1,6 +1,7 @@
 """`python -m tests.readme [--check]`: writes the README's map of modules and its list of flags from the code.
 
-The metric table is `metrics.generate`'s. With --check nothing is written; exit code 1 says that the README differs.
+The metric table is `metrics.dashboards.generate`'s. With --check nothing is written; exit code 1 says that the README
+differs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def map_of_modules() -> str:
     for package in ("engine", "frontend", "metrics"):
         rows = []
         for path in sorted((ROOT / package).rglob("*.py")):
-            if path.name != "__init__.py":
+            if path.name not in ("__init__.py", "__main__.py"):
                 text = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n\n")[0]
                 rows.append(f"| `{path.relative_to(ROOT)}` | {_cell(text)} |")
         tables.append("| module | what it is |\n|---|---|\n" + "\n".join(rows))

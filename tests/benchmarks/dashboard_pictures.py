@@ -32,9 +32,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from engine.default_model import cached_path, fetch
+from tests.e2e import prometheus
 from tests.e2e.harness import Served, served
 from tests.e2e.load import Ask, stream
-from tests.e2e.prometheus import GRAFANA, Prometheus, fill_in, now, prometheus
+from tests.e2e.prometheus import GRAFANA, Prometheus, fill_in, now
 
 MODEL = "SmolLM2-135M-Instruct"
 NUM_ENGINES, NUM_CLIENTS = 2, 14

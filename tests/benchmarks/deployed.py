@@ -26,27 +26,19 @@ from typing import Any
 
 import zmq
 
-from engine.batch import IterationCounts
-from engine.beacon import Beacon, Shared
 from engine.config import EngineConfig, ModelConfig
-from engine.record import Recorder
+from engine.loop.beacon import Beacon, Shared
+from engine.schedule.batch import IterationCounts
+from engine.schedule.record import Recorder
+from engine.wire.deployment import DEPLOYMENT_TOPIC, Deployment, Facts, ProcessEntry, encode_deployment
+from engine.wire.lifeline import Lifeline, make_lifeline
 from frontend.config import ServerConfig
-from frontend.request_record import RequestRecord
+from frontend.counters.request_record import RequestRecord
 from metrics.broadcast import Publisher, deployment_endpoint
-from metrics.deployment import (
-    API_SERVER,
-    ENGINE,
-    SUPERVISOR,
-    TOPIC,
-    Deployment,
-    Facts,
-    ProcessEntry,
-    encode_deployment,
-)
+from metrics.catalogue import API_SERVER, ENGINE, SUPERVISOR
+from metrics.files.store import TallyStore, tally_path
 from metrics.layout import Shape, build_layout
-from metrics.lifeline import Lifeline, make_lifeline
-from metrics.process import ProcessMetrics
-from metrics.store import TallyStore, tally_path
+from metrics.usage import ProcessMetrics
 
 MAX_MODEL_LEN = 2048
 FACTS = Facts(
@@ -112,7 +104,7 @@ def stand_in(directory: str, num_servers: int, num_engines: int, num_real: int, 
         now = time.monotonic()
         if now >= table_at:
             table_at = now + TABLE_S
-            publisher.publish(TOPIC, table)
+            publisher.publish(DEPLOYMENT_TOPIC, table)
         if now >= house_at:
             house_at = now + HOUSEKEEPING_S
             for process in processes:

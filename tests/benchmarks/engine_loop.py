@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 
 from engine import wire
-from engine.batch import Batch, SampledToken
-from engine.block_pool import BlockPool
 from engine.config import SchedulerConfig
-from engine.core import EngineCore
-from engine.record import Recorder
-from engine.scheduler import Scheduler
+from engine.loop.core import EngineCore
+from engine.schedule.batch import Batch, SampledToken
+from engine.schedule.block_pool import BlockPool
+from engine.schedule.record import Recorder
+from engine.schedule.scheduler import Scheduler
 from engine.wire import SamplingParams, Submit
-from metrics.deployment import ENGINE
+from metrics.catalogue import ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
 from tests.benchmarks.report import document, spread, table

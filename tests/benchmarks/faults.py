@@ -21,7 +21,7 @@ import psutil
 import zmq
 
 from metrics import broadcast
-from metrics.deployment import API_SERVER, ENGINE, SUPERVISOR
+from metrics.catalogue import API_SERVER, ENGINE, SUPERVISOR
 from metrics.snapshot import decode_snapshot
 from tests.benchmarks.report import document, table
 from tests.e2e.faults import Faults, frozen

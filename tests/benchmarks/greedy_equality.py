@@ -29,7 +29,7 @@ Prompts = list[list[int]]
 
 def make_prompts(path: Path, count: int) -> Prompts:
     """English, each beginning elsewhere, of lengths spread from 5 to 900 tokens."""
-    from frontend.tokenizer import load_tokenizer
+    from frontend.text.tokenizer import load_tokenizer
 
     words = load_tokenizer(str(path)).encode(" ".join(CORPUS * 60), add_special_tokens=False)
     lengths = [5 + round((900 - 5) * (i / max(1, count - 1)) ** 2) for i in range(count)]

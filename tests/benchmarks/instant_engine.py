@@ -1,6 +1,6 @@
 """An engine process without a model: it makes tokens at once, or one a sequence every so many milliseconds.
 
-Run in place of `engine.process` (see `serve_instant`). Everything but the runner is the real engine.
+Run in place of `engine.loop.process` (see `serve_instant`). Everything but the runner is the real engine.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from engine import process
-from engine.batch import Batch, SampledToken
 from engine.config import EngineConfig
+from engine.loop import process
+from engine.schedule.batch import Batch, SampledToken
 
 INTERVAL_VARIABLE: Final = "INSTANT_ENGINE_INTERVAL_MS"  # from the benchmark, past the supervisor's flags
 FIRST_TOKEN: Final = 300  # of the default model's vocabulary: before it are special and half characters

@@ -17,12 +17,12 @@ import time
 
 import torch
 
-import engine.kernels.linear
+import engine.device.kernels.linear
 from engine import default_model
-from engine.batch import Batch, ScheduledSequence
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
-from engine.runner import TorchRunner
-from engine.sampling_params import SamplingParams
+from engine.device.runner import TorchRunner
+from engine.schedule.batch import Batch, ScheduledSequence
+from engine.wire.sampling import SamplingParams
 from tests.benchmarks.report import document, table
 
 CONTEXT = 200
@@ -71,7 +71,7 @@ def shares(runner: TorchRunner, batch: Batch) -> dict[str, float]:
     calls = pstats.Stats(profiler)
     spent = dict.fromkeys(("linear", "attention"), 0.0)
     for (file, _, function), (_, _, _, cumulative_s, _) in calls.stats.items():  # type: ignore[attr-defined]
-        if file == engine.kernels.linear.__file__ and function == "__call__":
+        if file == engine.device.kernels.linear.__file__ and function == "__call__":
             spent["linear"] += cumulative_s
         elif function == "attention":
             spent["attention"] += cumulative_s

@@ -17,15 +17,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.beacon import FaultLog
 from engine.config import DeploymentConfig, EngineConfig
-from engine.core import EngineCore
 from engine.flags import parse
-from engine.process import load_runner, make_core
-from engine.record import Recorder
-from engine.sampling_params import SamplingParams
+from engine.loop.beacon import FaultLog
+from engine.loop.core import EngineCore
+from engine.loop.process import load_runner, make_core
+from engine.schedule.record import Recorder
 from engine.wire import Submit
-from metrics.deployment import ENGINE
+from engine.wire.sampling import SamplingParams
+from metrics.catalogue import ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
 from tests.benchmarks.report import document, table

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from engine import default_model
-from engine.kernels import kernels_for
-from engine.kernels.interface import FlatBatch
-from engine.models.llama import FlatInput, LlamaModel
-from engine.weights.load import open_checkpoint
-from engine.weights.rotation import RotatedCheckpoint
-from frontend.tokenizer import load_tokenizer
+from engine.device.kernels import kernels_for
+from engine.device.kernels.interface import FlatBatch
+from engine.device.models.llama import FlatInput, LlamaModel
+from engine.device.weights.load import open_checkpoint
+from engine.device.weights.rotation import RotatedCheckpoint
+from frontend.text.tokenizer import load_tokenizer
 from tests.benchmarks.report import document, table
 
 TEXT = Path(__file__).parent.parent / "data" / "prose.md"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.weights.spec import ModelSpec
+from engine.device.weights.spec import ModelSpec
 
 ROWS = 512
 READ_BYTES = 512 * 2**20

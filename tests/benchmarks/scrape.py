@@ -26,10 +26,11 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
-from metrics.deployment import API_SERVER, ENGINE
+from metrics.catalogue import API_SERVER, ENGINE
+from metrics.catalogue.metric import Kind, Scope
 from metrics.layout import Shape, build_layout
-from metrics.metric import Kind, Scope
-from tests.benchmarks.deployed import MAX_MODEL_LEN, deployed
+from tests.benchmarks import deployed
+from tests.benchmarks.deployed import MAX_MODEL_LEN
 from tests.benchmarks.report import document, table
 from tests.tiny_models import write_tiny_llama
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import default_model
-from engine.weights.gguf_checkpoint import GGUFCheckpoint
+from engine.device.weights.gguf_checkpoint import GGUFCheckpoint
 from tests.benchmarks import roofline
 from tests.benchmarks.report import document, table
 from tests.benchmarks.sides import Side, alone, ours, running, vllm

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from metrics.deployment import API_SERVER
+from metrics.catalogue import API_SERVER
 from tests.e2e.harness import served
 
 VLLM_START_S = 400.0

@@ -14,18 +14,18 @@ from typing import Any
 
 import zmq
 
-from engine.batch import Batch, SampledToken
-from engine.block_pool import BlockPool
 from engine.config import SchedulerConfig
-from engine.core import EngineCore
-from engine.record import Recorder
-from engine.scheduler import Scheduler
+from engine.loop.core import EngineCore
+from engine.schedule.batch import Batch, SampledToken
+from engine.schedule.block_pool import BlockPool
+from engine.schedule.record import Recorder
+from engine.schedule.scheduler import Scheduler
 from engine.wire import SamplingParams, Submit
 from metrics.broadcast import TOPIC_TALLY, Publisher, snapshot_endpoint
-from metrics.deployment import ENGINE
+from metrics.catalogue import ENGINE
+from metrics.files.store import TallyStore, tally_path
 from metrics.layout import Shape, build_layout
 from metrics.snapshot import Grant, Snapshot, encode
-from metrics.store import TallyStore, tally_path
 from tests.benchmarks.report import document, spread, table
 
 NUM_API_SERVERS = 4

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import psutil
 
 from engine import default_model
-from metrics.deployment import API_SERVER, ENGINE
+from metrics.catalogue import API_SERVER, ENGINE
 from tests.benchmarks.instant_engine import INTERVAL_VARIABLE
 from tests.benchmarks.report import document, table
 from tests.benchmarks.sse_client import Load, random_prompts, run_load

@@ -11,10 +11,10 @@ from typing import Any
 import zmq
 
 from frontend import server
-from frontend.request_record import EngineRecord
+from frontend.counters.request_record import EngineRecord
 from metrics import broadcast
-from metrics.process import ProcessMetrics
-from metrics.store import TallyStore
+from metrics.files.store import TallyStore
+from metrics.usage import ProcessMetrics
 from tests.e2e import jumping_clock
 from tests.e2e.faulty_engine import UNTIL_OPEN, every, full_disk, no_proc
 

@@ -1,7 +1,7 @@
 """An engine process whose statistics plane fails all the time: what P8 says must cost no request.
 
-Run in place of `engine.process` (see `serve_faulty`). Every fault comes every few times, so that what is counted can
-also be seen: a tally that is never committed says nothing.
+Run in place of `engine.loop.process` (see `serve_faulty`). Every fault comes every few times, so that what is counted
+can also be seen: a tally that is never committed says nothing.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from engine import process
-from engine.record import Recorder
+from engine.loop import process
+from engine.schedule.record import Recorder
 from metrics.broadcast import TOPIC_TALLY, Publisher
-from metrics.process import ProcessMetrics
-from metrics.store import TallyStore
+from metrics.files.store import TallyStore
+from metrics.usage import ProcessMetrics
 from tests.e2e import jumping_clock
 
 UNTIL_OPEN = 3  # commits of a start: where the disk is full then, the process cannot start, and says so

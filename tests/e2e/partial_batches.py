@@ -13,7 +13,8 @@ import os
 from pathlib import Path
 
 from engine.wire import Outputs
-from frontend import engine_client, server
+from frontend import server
+from frontend.engines import engine_client
 
 OBSERVATIONS: list[int] = []
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from metrics.deployment import API_SERVER, ENGINE, SUPERVISOR
+from metrics.catalogue import API_SERVER, ENGINE, SUPERVISOR
 from metrics.laws import Finding, Status, check
 from tests.benchmarks.report import document, table
 from tests.e2e.faults import Faults

@@ -7,8 +7,8 @@ import os
 import signal
 from pathlib import Path
 
-from frontend.exporter import boottime
-from frontend.held_snapshots import HeldReader
+from frontend.scrape.exporter import boottime
+from metrics.files.held_snapshots import HeldReader
 from tests.e2e.faults import Faults, frozen
 from tests.e2e.harness import Served, served, total, wait_for
 from tests.e2e.load import asks, run, steady_load

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metrics.deployment import API_SERVER, ENGINE
+from metrics.catalogue import API_SERVER, ENGINE
 from tests.e2e.faults import Faults, frozen
 from tests.e2e.harness import Samples, Served, served, total, wait_for
 from tests.e2e.load import asks, run, steady_load

@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from metrics.deployment import API_SERVER, ENGINE, SUPERVISOR
+from metrics.catalogue import API_SERVER, ENGINE, SUPERVISOR
 from tests.e2e.faults import Faults
 from tests.e2e.harness import served, total
 from tests.e2e.load import Ask, asks, steady_load, stream

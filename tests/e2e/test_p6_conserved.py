@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from metrics.deployment import API_SERVER, ENGINE
-from metrics.metric import AUDIT_LAWS
+from metrics.catalogue import API_SERVER, ENGINE
+from metrics.catalogue.metric import AUDIT_LAWS
 from tests.e2e.faults import Faults
 from tests.e2e.harness import ROOT, Samples, Served, served, total, wait_for
 from tests.e2e.load import BROKEN, Ask, BrokenRequestError, asks, run, stream

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from metrics import provisioning
 from metrics.catalogue import METRICS, Kind, Scope
-from metrics.promql import SUFFIXES, TARGET_LABELS
+from metrics.dashboards import provisioning
+from metrics.dashboards.promql import SUFFIXES, TARGET_LABELS
 from tests.e2e.harness import Served, served, total, wait_for
 from tests.e2e.load import asks, run
 from tests.e2e.prometheus import (

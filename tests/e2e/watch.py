@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import zmq
 
-from metrics import broadcast, deployment, snapshot
+from engine.wire import deployment
+from metrics import broadcast, snapshot
 from metrics.layout import Layout, Shape, build_layout
 from tests.e2e.harness import Served
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from engine.config import EngineConfig, ModelConfig, SchedulerConfig, StatsConfig
-from metrics.deployment import API_SERVER, ENGINE, Deployment, ProcessEntry
+from engine.wire.deployment import Deployment, ProcessEntry
+from metrics.catalogue import API_SERVER, ENGINE
+from metrics.files.store import TallyStore, tally_path
 from metrics.layout import Layout, Shape, build_layout
-from metrics.store import TallyStore, tally_path
 from tests.fakes import FakeRunner
 
 NUM_API_SERVERS = 2

@@ -19,8 +19,8 @@ from engine.config import (
     engine_config_from_json,
     to_json,
 )
-from engine.directory import DeploymentDirectory, DirectoryError
-from metrics.deployment import Facts
+from engine.supervisor.directory import DeploymentDirectory, DirectoryError
+from engine.wire.deployment import Facts
 
 CONFIG = EngineConfig(
     index=0,

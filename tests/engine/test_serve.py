@@ -17,7 +17,7 @@ import pytest
 from engine import default_model
 from engine.config import DeploymentConfig
 from engine.flags import API_KEY_VARIABLE, FlagError, parse
-from engine.supervisor import ListenError, listen
+from engine.supervisor.supervisor import ListenError, listen
 from tests.tiny_models import write_tiny_llama
 
 ROOT = Path(__file__).parent.parent.parent
@@ -223,8 +223,8 @@ def test_help_names_vllms_flags():
 
 STUB = """
 import signal, sys, time, argparse, os, json
-from metrics.deployment import Facts, Ready
-from metrics.lifeline import Lifeline
+from engine.wire.deployment import Facts, Ready
+from engine.wire.lifeline import Lifeline
 parser = argparse.ArgumentParser()
 parser.add_argument("--config-fd", type=int)
 with os.fdopen(parser.parse_args().config_fd) as file:

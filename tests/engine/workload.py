@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from engine.batch import Batch
-from engine.block_pool import BlockPool
 from engine.config import SchedulerConfig
-from engine.core import ApiServer, EngineCore
-from engine.record import Recorder
-from engine.scheduler import Scheduler
+from engine.loop.core import ApiServer, EngineCore
+from engine.schedule.batch import Batch
+from engine.schedule.block_pool import BlockPool
+from engine.schedule.record import Recorder
+from engine.schedule.scheduler import Scheduler
 from engine.wire import Finish, Outputs, SamplingParams, Start, Submit
-from metrics.deployment import ENGINE
+from metrics.catalogue import ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
 from tests.fakes import FakeClock, FakeRunner

@@ -19,13 +19,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine import wire
 from engine.wire import Finish, Hello, Output, Outputs, Start, Submit
+from engine.wire.deployment import Deployment, Facts, ProcessEntry
 from frontend.app import State, admin_app, public_app
 from frontend.config import ServerConfig, server_config_from_json
 from frontend.deployment_view import DeploymentView
-from frontend.generation import Delta, Generation
+from frontend.engines.generation import Delta, Generation
 from frontend.serving import Serving
 from metrics import broadcast
-from metrics.deployment import API_SERVER, ENGINE, Deployment, Facts, ProcessEntry
+from metrics.catalogue import API_SERVER, ENGINE
 from metrics.election import Granter
 from metrics.layout import Layout, Shape, build_layout
 from metrics.snapshot import Heartbeat, Snapshot, decode_to_beacon, encode

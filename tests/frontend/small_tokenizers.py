@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from frontend.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, gguf_tokenizer
-from frontend.tokenizer import Tokenizer, _byte_level_alphabet
+from frontend.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, gguf_tokenizer
+from frontend.text.tokenizer import Tokenizer, _byte_level_alphabet
 
 ALPHABET = sorted(_byte_level_alphabet(), key=_byte_level_alphabet().__getitem__)
 END = 256

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 import pytest
 import zmq
 
+from engine.wire.deployment import DEPLOYMENT_TOPIC, encode_deployment
 from frontend.deployment_view import DeploymentView
 from metrics import broadcast
-from metrics.deployment import TOPIC, encode_deployment
 from tests.frontend.deployments import ENGINE, make_table, until
 
 
@@ -19,10 +19,10 @@ class Supervisor:
         self._publisher = broadcast.Publisher(context, broadcast.deployment_endpoint(directory))
 
     async def join(self) -> None:
-        await until(lambda: self._publisher.has_subscribers(TOPIC))
+        await until(lambda: self._publisher.has_subscribers(DEPLOYMENT_TOPIC))
 
     def publish(self, raw: bytes) -> None:
-        assert self._publisher.publish(TOPIC, raw)
+        assert self._publisher.publish(DEPLOYMENT_TOPIC, raw)
 
     def table(self, version: int, state: str) -> None:
         self.publish(encode_deployment(make_table(version, (ENGINE, 0, 1, state))))

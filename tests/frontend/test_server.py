@@ -13,7 +13,7 @@ from engine.wire import Abort
 from frontend.app import MAX_BODY_BYTES
 from frontend.errors import EngineUnavailable
 from frontend.serving import Serving
-from metrics.deployment import API_SERVER, ENGINE
+from metrics.catalogue import API_SERVER, ENGINE
 from tests.frontend.deployments import COMPLETION, Node, ask, engine_of, finish, make_table, one, output, total, until
 
 

@@ -22,8 +22,9 @@ import pytest
 import zmq
 
 from engine.wire import Hello
+from engine.wire.deployment import DEPLOYMENT_TOPIC, Alive, Facts, Failed, Ready, decode_report, encode_deployment
 from metrics import broadcast
-from metrics.deployment import API_SERVER, ENGINE, TOPIC, Alive, Facts, Failed, Ready, decode_report, encode_deployment
+from metrics.catalogue import API_SERVER, ENGINE
 from tests.frontend.deployments import FACTS, FakeEngine, finish, make_config, make_table, output
 from tests.tiny_models import write_tiny_llama
 
@@ -91,7 +92,9 @@ class Parent:
         while True:
             self._version += 1
             rows = ((API_SERVER, 0, 1, "starting"), (ENGINE, 0, 1, self.engine_state))
-            self._publisher.publish(TOPIC, encode_deployment(make_table(self._version, *rows, facts=self.facts)))
+            self._publisher.publish(
+                DEPLOYMENT_TOPIC, encode_deployment(make_table(self._version, *rows, facts=self.facts))
+            )
             await asyncio.sleep(0.02)
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics import audit
-from metrics.catalogue import METRICS
-from metrics.deployment import API_SERVER, ENGINE
+from metrics.catalogue import API_SERVER, ENGINE, METRICS
+from metrics.catalogue.metric import AUDIT_LAWS, Scope
 from metrics.exposition import Renderer, Template
 from metrics.laws import (
     COUNTERS,
@@ -30,7 +30,6 @@ from metrics.laws import (
     samples_of_tally,
 )
 from metrics.layout import Shape, build_layout
-from metrics.metric import AUDIT_LAWS, Scope
 from metrics.tally import Tally
 
 SHAPE = Shape(num_engines=2, num_api_servers=2, max_model_len=64)

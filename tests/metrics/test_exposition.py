@@ -20,9 +20,7 @@ from prometheus_client.samples import Exemplar as LibraryExemplar
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from metrics.catalogue import METRICS, Kind, Scope
-from metrics.deployment import API_SERVER, ENGINE, SUPERVISOR
-from metrics.exemplars import LABELS, Exemplar, Origin, Slots
+from metrics.catalogue import API_SERVER, ENGINE, METRICS, SUPERVISOR, Kind, Scope
 from metrics.exposition import (
     OPENMETRICS,
     PROCESS_SCOPES,
@@ -35,6 +33,7 @@ from metrics.exposition import (
     format_value,
     scrape_part,
 )
+from metrics.files.exemplars import LABELS, Exemplar, Origin, Slots
 from metrics.layout import Shape, build_layout
 
 SHAPE = Shape(num_engines=2, num_api_servers=2, max_model_len=100)

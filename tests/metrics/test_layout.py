@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics.catalogue import METRICS, Kind, Scope
-from metrics.deployment import API_SERVER, ENGINE, ROLES, SUPERVISOR
+from metrics.catalogue import API_SERVER, ENGINE, METRICS, ROLES, SUPERVISOR, Kind, Scope
 from metrics.layout import LayoutError, Shape, build_layout
 
 SHAPE = Shape(num_engines=2, num_api_servers=4, max_model_len=8192)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metrics.deployment import API_SERVER, ENGINE
+from metrics.catalogue import API_SERVER, ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import GaugesOnly, Tally, TallyError
 

@@ -1,0 +1,28 @@
+"""The device's hot operations behind one small interface; which implementation runs is decided here, once."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.device.kernels.head import Head, argmax, make_head
+from engine.device.kernels.interface import Array, FlatBatch, Kernels, Linear
+from engine.device.kernels.numba_ops import NumbaKernels
+from engine.device.kernels.torch_ops import TorchKernels
+
+__all__ = [
+    "Array",
+    "FlatBatch",
+    "Head",
+    "Kernels",
+    "Linear",
+    "argmax",
+    "kernels_for",
+    "make_head",
+]
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest there are. PyTorch's own operations run everywhere and with every type."""
+    if device.type == "cpu" and dtype == torch.float32:
+        return NumbaKernels()
+    return TorchKernels(device)

@@ -1,0 +1,1 @@
+"""One engine process: receive, schedule, run, record, commit, send."""

@@ -1,1 +1,0 @@
-"""Models: what is computed between a batch's token ids and its logits."""

@@ -1,0 +1,24 @@
+"""Which tokens run in an iteration, and what that iteration counts. Pure."""
+
+from __future__ import annotations
+
+from engine.schedule.batch import Batch, IterationCounts, Runner, SampledToken, ScheduledSequence
+from engine.schedule.block_pool import BlockPool
+from engine.schedule.record import Recorder
+from engine.schedule.request import RequestState
+from engine.schedule.scheduler import Scheduler
+from engine.wire import SamplingParams, TokenLogprobs
+
+__all__ = [
+    "Batch",
+    "BlockPool",
+    "IterationCounts",
+    "Recorder",
+    "RequestState",
+    "Runner",
+    "SampledToken",
+    "SamplingParams",
+    "ScheduledSequence",
+    "Scheduler",
+    "TokenLogprobs",
+]

@@ -1,0 +1,94 @@
+"""One sequence on its way through the engine. Pure.
+
+State only; `engine.schedule.scheduler` alone changes it, but for what `engine.loop.core` has told of it. Positions
+count from 0 over prompt and output together:
+
+    0 ... num_computed_tokens ... len(token_ids) - 1
+    in the KV cache | to be computed, the newest token last
+
+`high_water` is the greatest `num_computed_tokens` ever. After a preemption the positions below it are *re*computed;
+at and above it, computed for the first time. The newest token has never been computed: high_water < len(token_ids).
+"""
+
+from __future__ import annotations
+
+from engine.schedule.batch import ScheduledSequence
+from engine.wire import Submit
+
+
+class RequestState:
+    """One accepted sequence. Times are the engine's monotonic seconds; 0 means not yet."""
+
+    __slots__ = (
+        "api_server",
+        "arrived_at",
+        "block_hashes",
+        "block_table",
+        "end_token_ids",
+        "finish_reason",
+        "first_token_at",
+        "high_water",
+        "last_token_at",
+        "length_limit",
+        "message",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_preemptions_told",
+        "num_prompt_tokens",
+        "order",
+        "priority",
+        "request_id",
+        "sampling",
+        "scheduled",
+        "scheduled_at",
+        "sequence_id",
+        "stop_token_id",
+        "token_ids",
+    )
+
+    def __init__(self, sequence_id: int, api_server: tuple[int, int], submit: Submit, arrived_at: float) -> None:
+        self.sequence_id = sequence_id  # grows with arrival
+        self.api_server = api_server  # (index, incarnation)
+        self.request_id = submit.request_id  # unique within one api_server
+        self.priority = submit.priority
+        self.order = (submit.priority, sequence_id)  # who is served first, and preempted last
+        self.sampling = submit.sampling
+        self.num_prompt_tokens = len(submit.prompt_token_ids)
+        self.token_ids = list(submit.prompt_token_ids)  # prompt, then output
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []  # of the first full blocks, as far as they were needed
+        # The one object the runner sees of this sequence in every iteration: making a new one for each token of each
+        # sequence would cost a third of the scheduler's time.
+        self.scheduled = ScheduledSequence(
+            sequence_id=sequence_id,
+            token_ids=self.token_ids,
+            num_prompt_tokens=self.num_prompt_tokens,
+            start=0,
+            num_tokens=0,
+            block_table=self.block_table,
+            sampling=self.sampling,
+        )
+        self.num_computed_tokens = 0
+        self.high_water = 0
+        self.num_cached_tokens = 0  # found in the prefix cache at the first admission
+        self.num_preemptions = 0
+        self.num_preemptions_told = -1  # with its `Start`; -1: none was sent yet
+        # Set by the scheduler's `add`: what tells of most tokens, at once, that they are not the last.
+        self.length_limit = 0  # no longer than this
+        self.end_token_ids: frozenset[int] = frozenset()  # any of these may end it
+        self.arrived_at = arrived_at
+        self.scheduled_at = 0.0  # the first time
+        self.first_token_at = 0.0
+        self.last_token_at = 0.0
+        self.finish_reason: str | None = None
+        self.stop_token_id: int | None = None
+        self.message: str | None = None  # why, when it ends by error
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.token_ids[: self.num_prompt_tokens]

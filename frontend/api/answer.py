@@ -1,0 +1,244 @@
+"""One HTTP request's sequences, from the engine's tokens to pieces of text, and the account of every token.
+
+A piece is what one turn adds to one choice; tokens whose text is still held back (half a character, the beginning of a
+stop string) wait and come with the next piece. P4: whoever writes pieces first calls `deliver`, has that committed
+(`join`), then writes; and calls `close` in a finally. `frontend.api.delivery` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.wire import Finish, Start, TokenLogprobs
+from frontend.counters import Party
+from frontend.errors import GenerationFailed
+from frontend.text import SequenceText
+
+
+class Delta(Protocol):
+    """New tokens of one of a generation's sequences."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None: ...
+
+    @property
+    def finish(self) -> Finish | None: ...
+
+    @property
+    def start(self) -> Start | None: ...
+
+
+class Generation(Protocol):
+    """One prompt's n sequences at an engine, and what is counted about them; `frontend.engines.engine_client` makes
+    these."""
+
+    def listen(self, on_news: Callable[[], None]) -> None: ...
+
+    def take(self) -> Sequence[Delta]: ...
+
+    def stop(self, index: int) -> None: ...
+
+    def delivered(self, num_tokens: int) -> None: ...
+
+    def undelivered(self, num_tokens: int, reason: str) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def join(self, party: Party) -> None: ...
+
+    async def committed(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ShownToken:
+    """A token with its log probabilities; `offset` counts the characters of the answer before it."""
+
+    token_id: int
+    offset: int
+    logprobs: TokenLogprobs
+
+
+@dataclass(slots=True)
+class Piece:
+    """What is new of one choice. `tokens` is filled only where log probabilities were asked for."""
+
+    choice: int
+    text: str = ""
+    num_tokens: int = 0
+    tokens: list[ShownToken] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def extend(self, later: Piece) -> None:
+        """Make this piece the two together."""
+        self.text += later.text
+        self.num_tokens += later.num_tokens
+        self.tokens += later.tokens
+        self.finish_reason = later.finish_reason
+
+
+class _Choice:
+    """One sequence: its text, and the piece that is being gathered."""
+
+    __slots__ = ("_piece", "_shows_stop_token", "_text", "is_finished", "num_cached_tokens")
+
+    def __init__(self, number: int, text: SequenceText, *, shows_stop_token: bool) -> None:
+        self._piece = Piece(number)
+        self._text = text
+        self._shows_stop_token = shows_stop_token
+        self.is_finished = False
+        self.num_cached_tokens: int | None = None  # known with the first token
+
+    def take(self, delta: Delta) -> int:
+        """Add the tokens; returns how many came after a stop string and belong to no answer."""
+        if delta.start is not None:
+            self.num_cached_tokens = delta.start.num_cached_tokens
+        if delta.finish is None and delta.logprobs is None and not self._text.is_searched:
+            self._piece.text += self._text.append_all(delta.token_ids)
+            self._piece.num_tokens += len(delta.token_ids)
+            return 0
+        num_taken = self._take_each(delta)
+        self._end(delta.finish)
+        return len(delta.token_ids) - num_taken
+
+    def _take_each(self, delta: Delta) -> int:
+        """Token by token: to the one that completes a stop string, and with log probabilities."""
+        num_shown = len(delta.token_ids) - self._num_hidden(delta)
+        shown = []
+        position = -1
+        for position, token_id in enumerate(delta.token_ids):
+            if delta.logprobs is not None:
+                logprobs = delta.logprobs[position]
+                self._piece.tokens.append(ShownToken(token_id, self._text.num_characters, logprobs))
+            if position >= num_shown:
+                self._text.append_unseen()
+            else:
+                shown.append(self._text.append(token_id))
+            if self._text.has_stopped:
+                break
+        self._piece.text += "".join(shown)
+        self._piece.num_tokens += position + 1
+        return position + 1
+
+    def _num_hidden(self, delta: Delta) -> int:
+        """1 where the last token is the one that the engine stopped at: end of text, or one of `stop_token_ids`."""
+        stopped = delta.finish is not None and delta.finish.reason == "stop"
+        return int(stopped and not self._shows_stop_token and len(delta.token_ids) > 0)
+
+    def _end(self, finish: Finish | None) -> None:
+        if finish is not None:
+            self._piece.text += self._text.finish()
+            self._piece.finish_reason = finish.reason
+        if self._text.has_stopped:
+            self._piece.finish_reason = "stop"
+        self.is_finished = self._piece.finish_reason is not None
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a stop string ended it."""
+        return self._text.has_stopped
+
+    def pop_piece(self) -> Piece | None:
+        """What can be shown now."""
+        piece = self._piece
+        if not piece.text and piece.finish_reason is None:
+            return None
+        self._piece = Piece(piece.choice)
+        return piece
+
+
+class Answer:
+    """All choices of a request: prompt p's sequence i is choice p * n + i."""
+
+    def __init__(
+        self,
+        generations: Sequence[Generation],
+        new_text: Callable[[], SequenceText],
+        *,
+        n: int,
+        shows_stop_token: bool = False,
+    ) -> None:
+        self._generations = generations
+        self._n = n
+        numbers = range(len(generations) * n)
+        choices = [_Choice(number, new_text(), shows_stop_token=shows_stop_token) for number in numbers]
+        self._choices = [choices[at : at + n] for at in range(0, len(choices), n)]  # of each generation
+        self._num_undelivered = [n] * len(generations)  # choices of each prompt whose last piece is not delivered
+        self.num_completion_tokens = 0
+
+    @property
+    def is_delivered(self) -> bool:
+        """Whether every choice's last piece was delivered."""
+        return not any(self._num_undelivered)
+
+    @property
+    def num_cached_tokens(self) -> int | None:
+        """Prompt tokens found in the prefix cache, by each prompt's first sequence; None if an engine did not say."""
+        counts = [choices[0].num_cached_tokens for choices in self._choices]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice's last piece was taken."""
+        return all(choice.is_finished for choices in self._choices for choice in choices)
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """It is called whenever there is something to take."""
+        for generation in self._generations:
+            generation.listen(on_news)
+
+    def take(self) -> list[Piece]:
+        """What has become ready. Raises EngineLost and GenerationFailed."""
+        pieces = []
+        for generation, choices in zip(self._generations, self._choices, strict=True):
+            if deltas := generation.take():
+                for delta in deltas:
+                    self._take(generation, choices[delta.index], delta)
+                pieces += [piece for choice in choices if (piece := choice.pop_piece()) is not None]
+        return pieces
+
+    def _take(self, generation: Generation, choice: _Choice, delta: Delta) -> None:
+        if choice.is_finished:
+            generation.undelivered(len(delta.token_ids), "stop")
+            return
+        if delta.finish is not None and delta.finish.reason == "error":
+            raise GenerationFailed(delta.finish.message or "the engine failed on this request")
+        num_past_stop = choice.take(delta)
+        if choice.has_stopped:
+            generation.stop(delta.index)
+            generation.undelivered(num_past_stop, "stop")
+
+    def deliver(self, pieces: Iterable[Piece]) -> None:
+        """Count these pieces' tokens as delivered, and each request that ends with them as finished."""
+        for piece in pieces:
+            prompt = piece.choice // self._n
+            generation = self._generations[prompt]
+            generation.delivered(piece.num_tokens)
+            self.num_completion_tokens += piece.num_tokens
+            if piece.finish_reason is not None:
+                self._num_undelivered[prompt] -= 1
+                if not self._num_undelivered[prompt]:
+                    generation.finish()
+
+    def join(self, party: Party) -> None:
+        """It counts and hands over around the server's next commit."""
+        self._generations[0].join(party)
+
+    async def committed(self) -> None:
+        """Everything counted so far is durable: one commit serves the whole server."""
+        await self._generations[0].committed()
+
+    def close(self) -> None:
+        """Ends what still runs; idempotent."""
+        for generation in self._generations:
+            generation.close()

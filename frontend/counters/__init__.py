@@ -1,0 +1,26 @@
+"""What one API server counts of its own requests, and when that is committed."""
+
+from __future__ import annotations
+
+from frontend.counters.bulkhead import Bulkhead
+from frontend.counters.group_commit import GroupCommit, Party
+from frontend.counters.request_record import (
+    OBSERVED_REASONS,
+    REASON_ORDER,
+    EngineRecord,
+    EngineTimes,
+    FinishedRequest,
+    RequestRecord,
+)
+
+__all__ = [
+    "OBSERVED_REASONS",
+    "REASON_ORDER",
+    "Bulkhead",
+    "EngineRecord",
+    "EngineTimes",
+    "FinishedRequest",
+    "GroupCommit",
+    "Party",
+    "RequestRecord",
+]

@@ -1,0 +1,24 @@
+"""What a scrape is answered with: whose series may be exported, until when, and in which form."""
+
+from __future__ import annotations
+
+from frontend.scrape.discovery import OWN_PATH, PROCESSES_PATH, targets
+from frontend.scrape.exporter import Exporter, boottime
+from frontend.scrape.pool import Figures, Pool, load_report
+from frontend.scrape.request import ScrapeRequest, scrape_request
+from frontend.scrape.scrape import Layouts, Scrape
+
+__all__ = [
+    "OWN_PATH",
+    "PROCESSES_PATH",
+    "Exporter",
+    "Figures",
+    "Layouts",
+    "Pool",
+    "Scrape",
+    "ScrapeRequest",
+    "boottime",
+    "load_report",
+    "scrape_request",
+    "targets",
+]

@@ -1,0 +1,16 @@
+"""Text to token ids and back, by the model's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+from frontend.text.chat_template import ChatTemplateError
+from frontend.text.detokenizer import SequenceText, StopStrings
+from frontend.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+
+__all__ = [
+    "ChatTemplateError",
+    "SequenceText",
+    "StopStrings",
+    "Tokenizer",
+    "TokenizerError",
+    "load_tokenizer",
+]

@@ -1,0 +1,95 @@
+"""Every metric, declared once; tally layouts, exposition, dashboards and the README's table are derived from it. Pure.
+
+Names, labels and bucket bounds of `vllm:*` are vLLM's, so that what people already run works unchanged; `wholebatch:*`
+is ours. Every label value is known when a deployment starts: no series is ever made by what a request says.
+
+To add a metric, add one declaration to `engine_metrics`, `request_metrics` or `process_metrics`, and one line where it
+is counted; a whole-iteration histogram is counted in `engine/schedule/record.py` and is then right at any number of API
+servers.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from metrics.catalogue.buckets import BUCKETS, FINE_LATENCY, Bounds, bounds_of, parse_overrides
+from metrics.catalogue.engine import ENGINE_METRICS
+from metrics.catalogue.metric import (
+    API_SERVER,
+    AUDIT_LAWS,
+    BULKHEADS,
+    CACHE_CONFIG_LABELS,
+    CACHE_SOURCES,
+    COUNTER,
+    ENDED_REASONS,
+    ENGINE,
+    FINISHED_REASONS,
+    GAUGE,
+    GENERATIONS,
+    HANDLERS,
+    HISTOGRAM,
+    LOST_REASONS,
+    METHODS,
+    PHASES,
+    PROMPT_SOURCES,
+    PYTHON_INFO_LABELS,
+    REJECTION_REASONS,
+    ROLES,
+    SLEEP_STATES,
+    SNAPSHOT_RESULTS,
+    STAGES,
+    STATUSES,
+    SUPERVISOR,
+    UNDELIVERED_REASONS,
+    WAITING_REASONS,
+    WIRE_KINDS,
+    Kind,
+    Label,
+    Metric,
+    Scope,
+)
+from metrics.catalogue.process import PROCESS_METRICS, SCRAPE_METRICS
+from metrics.catalogue.request import REQUEST_METRICS
+
+__all__ = [
+    "API_SERVER",
+    "AUDIT_LAWS",
+    "BUCKETS",
+    "BULKHEADS",
+    "CACHE_CONFIG_LABELS",
+    "CACHE_SOURCES",
+    "COUNTER",
+    "ENDED_REASONS",
+    "ENGINE",
+    "FINE_LATENCY",
+    "FINISHED_REASONS",
+    "GAUGE",
+    "GENERATIONS",
+    "HANDLERS",
+    "HISTOGRAM",
+    "LOST_REASONS",
+    "METHODS",
+    "METRICS",
+    "PHASES",
+    "PROMPT_SOURCES",
+    "PYTHON_INFO_LABELS",
+    "REJECTION_REASONS",
+    "ROLES",
+    "SLEEP_STATES",
+    "SNAPSHOT_RESULTS",
+    "STAGES",
+    "STATUSES",
+    "SUPERVISOR",
+    "UNDELIVERED_REASONS",
+    "WAITING_REASONS",
+    "WIRE_KINDS",
+    "Bounds",
+    "Kind",
+    "Label",
+    "Metric",
+    "Scope",
+    "bounds_of",
+    "parse_overrides",
+]
+
+METRICS: Final[tuple[Metric, ...]] = (*ENGINE_METRICS, *REQUEST_METRICS, *PROCESS_METRICS, *SCRAPE_METRICS)

@@ -1,0 +1,1 @@
+"""What is generated for Grafana and Prometheus from the catalogue."""

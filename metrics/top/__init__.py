@@ -1,0 +1,1 @@
+"""A live deployment in a terminal."""

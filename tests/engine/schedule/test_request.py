@@ -1,0 +1,31 @@
+"""One request's state at its beginning."""
+
+from __future__ import annotations
+
+from engine.schedule.request import RequestState
+from engine.wire import SamplingParams, Submit
+
+
+def test_a_request_starts_with_nothing_computed_and_leaves_the_message_alone():
+    submit = Submit(5, 1, [1, 2, 3], SamplingParams(max_tokens=4), priority=2)
+    request = RequestState(9, (1, 3), submit, 10.0)
+    request.token_ids.append(8)
+    assert submit.prompt_token_ids == [1, 2, 3] == request.prompt_token_ids
+    assert request.num_output_tokens == 1
+    assert (request.num_computed_tokens, request.high_water, request.scheduled_at) == (0, 0, 0.0)
+
+
+def test_the_runner_sees_the_lists_of_the_request_itself():
+    request = RequestState(9, (1, 3), Submit(5, 1, [1], SamplingParams(max_tokens=4)), 10.0)
+    request.token_ids.append(8)
+    request.block_table.append(4)
+    assert request.scheduled.token_ids == [1, 8]
+    assert request.scheduled.block_table == [4]
+    assert request.scheduled.num_prompt_tokens == 1
+
+
+def test_order_is_priority_then_arrival():
+    def order(sequence_id: int, priority: int) -> tuple[int, int]:
+        return RequestState(sequence_id, (0, 1), Submit(0, 1, [1], SamplingParams(max_tokens=1), priority), 0.0).order
+
+    assert sorted([order(1, 0), order(2, 0), order(3, -1)]) == [order(3, -1), order(1, 0), order(2, 0)]
