@@ -6,7 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
-from metrics import top
+from metrics.top import terminal as top
 from tests.e2e.harness import served, total, wait_for
 from tests.e2e.load import asks, steady_load
 
