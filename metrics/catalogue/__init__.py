@@ -1,4 +1,4 @@
-"""Every metric, declared once; tally layouts, exposition, dashboards and documentation are derived from it. Pure.
+"""Every metric, declared once; layouts, exposition, dashboards and documentation follow from it. Pure.
 
 Street: truth. Names, labels and bucket bounds of `vllm:*` are vLLM's, so that what people already run works unchanged;
 `wholebatch:*` is ours. Every label value is known when a deployment starts: no series is ever made by what a request

@@ -1,4 +1,4 @@
-"""The dashboards, rules and scrape configurations for Grafana and Prometheus, made from the catalogue.
+"""What Grafana and Prometheus are given, made from the catalogue: dashboards, rules, scrape configurations.
 
 Street: truth, beyond its end. A query names only what the catalogue declares, so none can ask for what does not exist.
 """
