@@ -44,7 +44,7 @@ async def exported(deployed: Deployed) -> None:
     """Every engine has its exporter, and every node has heard of it."""
     for engine in range(deployed.num[1]):
         await until(lambda engine=engine: any(node.is_exporter(engine) for node in deployed.nodes))  # type: ignore[misc]
-    await until(lambda: all(len(node.serving.exporter.heard()) == deployed.num[1] for node in deployed.nodes))
+    await until(lambda: all(len(node.services.exporter.heard()) == deployed.num[1] for node in deployed.nodes))
 
 
 async def busy(deploy: Any) -> Deployed:
@@ -55,10 +55,10 @@ async def busy(deploy: Any) -> Deployed:
         for name, value in (("num_requests_running", 3), ("num_requests_waiting", 2), ("kv_cache_usage_perc", 0.25)):
             beacon.tally.set(beacon.layout.cell(f"vllm:{name}"), value * (engine + 1))
     for index, node in enumerate(deployed.nodes):
-        for record in node.serving.record.engines:
+        for record in node.services.record.engines:
             record.received(index + 1)
             record.first_token(0.25)
-        node.serving.group.now()
+        node.services.group.now()
     await exported(deployed)
     return deployed
 
@@ -86,7 +86,7 @@ async def test_discovered_targets_add_up_to_the_public_port_before_and_after_the
     before = await discovered(deployed.nodes[0])
     for node in deployed.nodes:
         if node.is_exporter(1):
-            node.serving.exporter.resign()
+            node.services.exporter.resign()
             await exported_again(deployed, engine=1)
             break
     after = await discovered(deployed.nodes[2])
@@ -122,9 +122,9 @@ async def test_processes_without_a_port_have_a_target_and_api_servers_are_not_in
 
 async def test_targets_are_there_before_any_engine_is(deploy: Any):
     node = await one(deploy)
-    node.state.serving, serving = None, node.state.serving
+    node.state.services, serving = None, node.state.services
     assert (await ask(node, "GET", "/prometheus/targets"))[0] == 200
-    node.state.serving = serving
+    node.state.services = serving
 
 
 # --- the pool ---
@@ -149,7 +149,7 @@ async def test_a_silent_engine_is_no_part_of_the_pool(deploy: Any):
     await exported(deployed)
     assert await deployed.nodes[0].scrape("/metrics/pool")
     deployed.pause_beacons()
-    await until(lambda: not deployed.nodes[0].serving.exporter.heard())
+    await until(lambda: not deployed.nodes[0].services.exporter.heard())
     assert await deployed.nodes[0].scrape("/metrics/pool") == {}
 
 
@@ -196,7 +196,7 @@ async def test_a_lease_that_runs_out_while_the_answer_is_compressed_takes_its_se
 ):
     deployed = await busy(deploy)
     node = deployed.nodes[0]
-    scrape, body = node.serving.scrape, ScrapeRequest.body
+    scrape, body = node.services.scrape, ScrapeRequest.body
 
     def slow(asked: ScrapeRequest, text: bytes) -> bytes:
         scrape._clock = lambda: float("inf")
@@ -229,7 +229,7 @@ async def test_an_answer_carries_the_pools_figures_where_the_request_asks_for_th
 
 async def test_a_load_report_that_fails_is_counted_and_the_answer_goes_out_without(deploy: Any):
     node = await one(deploy)
-    node.serving.pool.figures = lambda snapshots: [][0]  # type: ignore[method-assign]
+    node.services.pool.figures = lambda snapshots: [][0]  # type: ignore[method-assign]
     async with engine_of(node) as engine:
         headers = {"endpoint-load-metrics-format": "JSON"}
         asking = asyncio.create_task(ask(node, "POST", "/v1/completions", json=COMPLETION, headers=headers))
@@ -237,7 +237,7 @@ async def test_a_load_report_that_fails_is_counted_and_the_answer_goes_out_witho
         await engine.send(output(submit, 0, [ord("h")], finish()))
         status, _, answered = await asking
     assert (status, "endpoint-load-metrics" in answered) == (200, False)
-    node.serving.group.now()
+    node.services.group.now()
     assert total(await node.scrape(), "wholebatch:bulkhead_errors_total", where="scrape") == 1
 
 
@@ -254,18 +254,18 @@ async def test_a_full_queue_is_an_honest_503_whichever_api_server_filled_it(
     deployed = await deploy(2, **limits)
     node, other = deployed.nodes
     for one_of_two, num_sequences in ((node, 1), (other, 2)):
-        record = one_of_two.serving.record.engines[0]
+        record = one_of_two.services.record.engines[0]
         for _ in range(num_sequences):
             record.submitted()
         record.prefilling(1 + num_sequences)
-        one_of_two.serving.group.now()
+        one_of_two.services.group.now()
     async with engine_of(node) as engine:
         status, body, headers = await ask(node, "POST", "/v1/completions", json=COMPLETION)
         assert (status, body["error"]["code"], headers["Retry-After"]) == (503, reason, "1")
         record.prefilling(-1)
         record.ended("stop")
-        other.serving.group.now()
-        node.serving._admission._read_at = float("-inf")  # as after a while: what others have is remembered
+        other.services.group.now()
+        node.services._admission._read_at = float("-inf")  # as after a while: what others have is remembered
         asking = asyncio.create_task(ask(node, "POST", "/v1/completions", json=COMPLETION))
         (submit,) = await engine.receive_submits(1)
         await engine.send(output(submit, 0, [ord("h")], finish()))

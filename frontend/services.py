@@ -1,4 +1,4 @@
-"""Everything of an API server that needs the deployment's facts: its tally, its engines, its share of /metrics.
+"""What an API server consists of once the deployment's facts are known: its tally, its engines, its share of /metrics.
 
 Made once, when the first engine has said what it is; until then the routes answer 503. Opening the tally closes the
 books of this index's earlier incarnation.
@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from engine.wire import Facts
-from frontend.api import Clients, OpenAIService
+from frontend.api import OpenAIService
 from frontend.config import ServerConfig
 from frontend.counters import Bulkhead, GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
-from frontend.engines import Admission, EngineClients, Identity, InFlight, Limits
+from frontend.engines import Admission, Asked, EngineClients, Identity, InFlight, Limits, Observer
 from frontend.scrape import Exporter, Figures, Layouts, Pool, Scrape, boottime, load_report
 from frontend.text import Tokenizer
-from frontend.tracing import TracedClients
+from frontend.tracing import RequestTrace
 from metrics.catalogue import API_SERVER, ENGINE
+from metrics.exposition import Format
 from metrics.files import ExemplarStore, Origin, TallyStore, exemplars_path, tally_path
 from metrics.layout import Histogram
 from metrics.usage import ProcessMetrics
@@ -36,8 +37,8 @@ log = logging.getLogger(__name__)
 HOUSEKEEPING_S: Final = 1.0
 
 
-class Serving:
-    """The parts, wired. Raises StoreError where the tally cannot be opened."""
+class Services:
+    """What an API server offers, wired. Raises StoreError where the tally cannot be opened."""
 
     def __init__(
         self,
@@ -69,10 +70,16 @@ class Serving:
             on_rejected=self._on_rejected,
             clock=time.monotonic,
         )
-        self.clients = EngineClients(
-            context, config.directory, identity, self.record, self.group, admit=self._admission.check
-        )
         self._telemetry = _telemetry(config)
+        self.clients = EngineClients(
+            context,
+            config.directory,
+            identity,
+            self.record,
+            self.group,
+            admit=self._admission.check,
+            observe=None if self._telemetry is None else self._observe,
+        )
         self.exporter = Exporter(
             context,
             config.directory,
@@ -94,7 +101,14 @@ class Serving:
             log_stats=config.log_stats,
             clock=boottime,
         )
-        self.openai = self._service(config, facts, tokenizer)
+        self.openai = OpenAIService(
+            clients=self.clients,
+            group=self.group,
+            tokenizer=tokenizer,
+            served_model_names=config.served_model_names,
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+        )
         self._process = ProcessMetrics(self._store.tally)
         self._housekeeping = asyncio.create_task(self._keep_house())
         self.pool = Pool(layouts[ENGINE], facts)
@@ -107,6 +121,10 @@ class Serving:
     def pool_figures(self) -> Figures | None:
         """Of the engines heard; the same in every API server."""
         return self.pool.figures(self.exporter.heard())
+
+    def pool_exposition(self, form: Format) -> bytes:
+        """The engines as one, as text."""
+        return self.pool.exposition(self.pool_figures(), form)
 
     def load_report(self, asked: str) -> str | None:
         """The pool's figures for the answer to a request; None where there are none or no such format."""
@@ -132,22 +150,10 @@ class Serving:
         self.record.flush()
         self._store.commit()
 
-    def _service(self, config: ServerConfig, facts: Facts, tokenizer: Tokenizer) -> OpenAIService:
-        """The API, with every request's end told where somebody asks for it."""
-        clients: Clients = self.clients
-        if self._telemetry is not None:
-            clients = TracedClients(
-                clients=self.clients,
-                sink=self._telemetry.tell,
-                on_fault=lambda error: self._bulkhead.caught("tracing", error),
-            )
-        return OpenAIService(
-            clients=clients,
-            tokenizer=tokenizer,
-            served_model_names=config.served_model_names,
-            max_model_len=facts.max_model_len,
-            vocab_size=facts.vocab_size,
-        )
+    def _observe(self, asked: Asked) -> Observer:
+        """Tells the telemetry of each request's end."""
+        assert self._telemetry is not None, "nobody asks for traces"
+        return RequestTrace(asked, self._telemetry.tell, lambda error: self._bulkhead.caught("tracing", error))
 
     async def _keep_house(self) -> None:
         while True:

@@ -1,0 +1,72 @@
+"""The table of routes: what an application serves is what it says, and the middlewares go by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from frontend.api import OpenAIService, routes
+from frontend.app import UNROUTED
+from frontend.routes import Route, mount, route_of
+from metrics.catalogue import HANDLERS
+
+
+async def hello(request: web.Request) -> web.Response:
+    route = route_of(request)
+    assert route is not None
+    return web.Response(text=route.path)
+
+
+@web.middleware
+async def naming(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Says in a header which entry a request was for."""
+    route = route_of(request)
+    try:
+        response: web.StreamResponse = await handler(request)
+    except web.HTTPException as error:
+        response = web.Response(status=error.status)
+    response.headers["Route"] = "none" if route is None else route.path
+    return response
+
+
+async def test_a_request_finds_its_entry_by_template_and_method_and_none_where_there_is_none():
+    app = web.Application(middlewares=[naming])
+    mount(
+        app,
+        [
+            Route(path="/plain", handler=hello),
+            Route(path="/of/{name:.+}", handler=hello),
+            Route(path="/any", method="*", handler=hello),
+            Route(path="/made", method="POST", handler=hello),
+        ],
+    )
+    async with TestClient(TestServer(app)) as http:
+        for method, path, status, entry in (
+            ("GET", "/plain", 200, "/plain"),
+            ("HEAD", "/plain", 200, "/plain"),
+            ("GET", "/of/a/b", 200, "/of/{name:.+}"),
+            ("DELETE", "/any", 200, "/any"),
+            ("POST", "/made", 200, "/made"),
+            ("GET", "/made", 405, "none"),
+            ("GET", "/nothing", 404, "none"),
+        ):
+            async with http.request(method, path) as answer:
+                assert (answer.status, answer.headers["Route"]) == (status, entry), (method, path)
+
+
+def test_a_label_that_the_catalogue_does_not_know_is_refused_at_the_start():
+    with pytest.raises(AssertionError, match="the catalogue has no '/v2/new'"):
+        mount(web.Application(), [Route(path="/v2/new", handler=hello, label="/v2/new")])
+
+
+def test_every_route_of_the_model_needs_a_key_and_is_counted_and_every_label_has_a_route():
+    def nothing() -> OpenAIService:
+        raise AssertionError("not asked")
+
+    of_model = routes(nothing)
+    assert all(route.needs_key and route.label is not None for route in of_model)
+    assert {route.label for route in of_model} | {UNROUTED} == set(HANDLERS)
+    assert {route.operation for route in of_model if route.reports_load} == {"text_completion", "chat"}
