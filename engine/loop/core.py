@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.schedule import Batch, IterationCounts, Recorder, RequestState, Runner, SampledToken, Scheduler
 from engine.wire import Finish, Output, Outputs, Start, Submit
+from metrics.bulkhead import Bulkhead
 
 ApiServer = tuple[int, int]  # (index, incarnation)
 
@@ -25,11 +26,11 @@ class EngineCore:
     """Scheduler, runner and recorder, and whose request is whose."""
 
     __slots__ = (
+        "_bulkhead",
         "_by_request",
         "_clock",
         "_incarnation",
         "_next_sequence_id",
-        "_on_fault",
         "_pending",
         "_recorder",
         "_runner",
@@ -44,18 +45,18 @@ class EngineCore:
         runner: Runner,
         recorder: Recorder,
         clock: Callable[[], float],
+        bulkhead: Bulkhead,
         *,
         incarnation: int = 1,
         iteration_log: Callable[[Batch], None] | None = None,
         on_iteration: Callable[[dict[str, Any]], None] | None = None,
-        on_fault: Callable[[Exception], None] | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._recorder = recorder
         self._clock = clock
         self._incarnation = incarnation
-        self._on_fault = on_fault  # told of a fault of the record, after it was caught and counted
+        self._bulkhead = bulkhead
         self._next_sequence_id = 0
         self._by_request: dict[ApiServer, dict[int, RequestState]] = {}  # unfinished, by the sender's own id
         self._pending: dict[ApiServer, list[Output]] = {}  # refusals, for the next step
@@ -135,15 +136,11 @@ class EngineCore:
         stepped = self._scheduler.update(batch, sampled, at)
         self._add_outputs(stepped, sampled, outputs)
         self._set_gauges()
-        try:
+        with self._bulkhead.around("record"):
             self._recorder.iteration(batch.counts, at - started)
             self._recorder.stages(
                 schedule_s=scheduled_at - started, run_s=at - scheduled_at, record_s=self._clock() - at
             )
-        except Exception as fault:  # noqa: BLE001 - P8: the bulkhead around the record
-            self._recorder.faulted()
-            if self._on_fault is not None:
-                self._on_fault(fault)
         if self.on_iteration is not None:
             self.on_iteration(self._describe(batch.counts, at - started))
         return at

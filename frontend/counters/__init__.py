@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from frontend.counters.bulkhead import Bulkhead
 from frontend.counters.group_commit import GroupCommit, Party
 from frontend.counters.request_record import (
     OBSERVED_REASONS,
@@ -16,7 +15,6 @@ from frontend.counters.request_record import (
 __all__ = [
     "OBSERVED_REASONS",
     "REASON_ORDER",
-    "Bulkhead",
     "EngineRecord",
     "EngineTimes",
     "FinishedRequest",
