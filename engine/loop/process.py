@@ -80,8 +80,11 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
         )
     except ModelError as error:
         raise CannotServeError(str(error)) from error
-    except MemoryError as error:
-        raise CannotServeError(f"{config.model.path}: not enough memory: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch has no class of its own for it
+            raise
+        reason = str(error).partition("\n")[0]
+        raise CannotServeError(f"{config.model.path}: not enough memory: {reason}") from error
 
 
 def _chosen_threads() -> int | None:

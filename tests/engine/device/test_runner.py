@@ -12,7 +12,7 @@ import torch
 
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
 from engine.device.runner import TorchRunner
-from engine.device.weights.spec import ModelError
+from engine.device.weights import ModelError
 from engine.host import Share
 from engine.schedule.batch import Batch, ScheduledSequence
 from engine.wire.sampling import SamplingParams
