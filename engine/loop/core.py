@@ -133,7 +133,7 @@ class EngineCore:
         scheduled_at = self._clock()
         sampled = self._runner.run(batch)
         at = self._clock()
-        stepped = self._scheduler.update(batch, sampled, at)
+        stepped = self._scheduler.update(batch, sampled)
         self._add_outputs(stepped, sampled, outputs)
         self._set_gauges()
         with self._bulkhead.around("record"):

@@ -1,7 +1,8 @@
-"""What an iteration ran, as increments of the engine's tally; the only writer of engine scope. Pure.
+"""What an iteration ran, as increments of the engine's tally. Pure.
 
-The scheduler decides and counts (`IterationCounts`), the recorder writes it down, the loop commits and only then
-sends. Nothing here is counted from what comes back to an API server: that is the whole point.
+The scheduler decides and counts (`IterationCounts`), the recorder writes it down, the loop commits and only then sends.
+The beacon counts what it alone sees, in cells of its own. Nothing here is counted from what comes back to an API
+server: that is the whole point.
 
 A new whole-iteration histogram is one declaration in `metrics.catalogue.engine` and one line in HISTOGRAMS below. Cells
 are resolved by name once, at construction; every method is a few array operations, whatever the batch size.

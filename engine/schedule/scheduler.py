@@ -267,7 +267,7 @@ class Scheduler:
 
     # --- after the iteration ---
 
-    def update(self, batch: Batch, sampled: Sequence[SampledToken], now: float) -> list[RequestState]:
+    def update(self, batch: Batch, sampled: Sequence[SampledToken]) -> list[RequestState]:
         """Book what ran: positions are computed, sampled tokens appended, what is complete ended. The request of each
         sampled token, in the batch's order; its `finish_reason` says whether the token was its last."""
         assert batch is self._in_flight, "update what was scheduled last"
@@ -287,9 +287,8 @@ class Scheduler:
                 continue
             token_id = sampled[len(stepped)].token_id
             if computed == request.num_prompt_tokens:
-                self._note_first_token(request, batch.counts, now)
+                _note_completed_prompt(request, batch.counts)
             request.token_ids.append(token_id)
-            request.last_token_at = now
             stepped.append(request)
             if (computed + 1 >= request.length_limit or token_id in request.end_token_ids) and self._is_complete(
                 request, token_id
@@ -306,11 +305,6 @@ class Scheduler:
         extend_hashes(request.block_hashes, request.token_ids, self._pool.block_size, end)
         for index in range(first, end):
             self._pool.cache(request.block_table[index], request.block_hashes[index])
-
-    def _note_first_token(self, request: RequestState, counts: IterationCounts, now: float) -> None:
-        request.first_token_at = now
-        counts.num_completed_prompt_tokens += request.num_prompt_tokens
-        counts.num_completed_cached_tokens += request.num_cached_tokens
 
     def _is_complete(self, request: RequestState, token_id: int) -> bool:
         """End the request if this token, appended already, was its last."""
@@ -342,3 +336,8 @@ class Scheduler:
     def _release_blocks(self, request: RequestState) -> None:
         self._pool.free(request.block_table)
         request.block_table.clear()
+
+
+def _note_completed_prompt(request: RequestState, counts: IterationCounts) -> None:
+    counts.num_completed_prompt_tokens += request.num_prompt_tokens
+    counts.num_completed_cached_tokens += request.num_cached_tokens
