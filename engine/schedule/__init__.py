@@ -1,4 +1,8 @@
-"""Which tokens run in an iteration, and what that iteration counts. Pure."""
+"""Which tokens run in an iteration, and what that iteration counts. Pure.
+
+Street: both. Here work becomes truth: the scheduler decides what a batch consists of, and its own counts are what the
+recorder writes down. Nothing is counted from what comes back.
+"""
 
 from __future__ import annotations
 

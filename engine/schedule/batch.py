@@ -38,7 +38,7 @@ class ScheduledSequence:
 
 @dataclass(slots=True)
 class IterationCounts:
-    """What one scheduled batch consists of, counted where it was decided; words as in the README.
+    """What one scheduled batch consists of, counted where it was decided; words as in metrics/README.md.
 
     Invariant: num_prefill_tokens + num_decode_tokens is the number of scheduled tokens. Decode is one scheduled
     position, the newest token, of a sequence whose prompt is computed; everything else is prefill, so also the last
