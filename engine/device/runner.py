@@ -137,7 +137,7 @@ class TorchRunner:
             self.run(Batch([part] * count))
 
     def release(self, sequence_ids: Sequence[int]) -> None:
-        """Nothing is kept per sequence."""
+        """Does nothing: nothing is kept per sequence."""
 
     # --- from lists to tensors ---
 

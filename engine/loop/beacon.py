@@ -89,14 +89,14 @@ class Beacon:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Raises BroadcastError. The sockets, made here, belong to the thread from then on."""
+        """Make the sockets, which belong to the thread from then on, and start it. Raises BroadcastError."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._open(context)
         self._thread = threading.Thread(target=self._run, args=(context,), name="beacon", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """After the last publication; what was committed before the call is in it."""
+        """Publish once more and end; what was committed before the call is in that last snapshot."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()

@@ -109,7 +109,7 @@ class EngineCore:
             self._set_gauges()
 
     def drop_api_server(self, api_server: ApiServer) -> None:
-        """It is gone: abort what it asked for, and forget it."""
+        """Abort what an API server that is gone has asked for, and forget it."""
         self.abort(api_server, list(self._by_request.get(api_server, ())))
         self._by_request.pop(api_server, None)
         self._pending.pop(api_server, None)
@@ -127,7 +127,7 @@ class EngineCore:
         return {server: Outputs(self._incarnation, at, rows) for server, rows in outputs.items()}
 
     def _iterate(self, batch: Batch, started: float, outputs: dict[ApiServer, list[Output]]) -> float:
-        """Run, update, record; add to `outputs`. The instant when the tokens were on the host."""
+        """Run, update, record; add to `outputs`. Returns the instant when the tokens were on the host."""
         if self.iteration_log is not None:
             self.iteration_log(batch)
         scheduled_at = self._clock()

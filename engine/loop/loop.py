@@ -146,7 +146,7 @@ class EngineLoop:
             self._core.abort(api_server, message.request_ids)
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
-        """A new pair of incarnations: what this API server was sent and says it never received is lost."""
+        """Begin with this incarnation of an API server: what its index was sent and says it never received is lost."""
         api_server = wire.parse_identity(identity)
         if api_server != (hello.api_server, hello.incarnation) or hello.api_server >= self._config.num_api_servers:
             raise WireError(f"Hello of {hello.api_server}.{hello.incarnation} from {identity!r}")
@@ -166,8 +166,8 @@ class EngineLoop:
         log.info("event=hello api_server=%d incarnation=%d lost_tokens=%d", *api_server, num_lost)
 
     def _say_goodbye(self, identity: bytes, reason: str) -> None:
-        """To one that is there; with no room for it, it is said later: without it, whoever was given up would wait for
-        its tokens for ever."""
+        """Tell an API server that this engine does not know it (any more). Where its queue is full, it is told later:
+        otherwise it would wait for its tokens for ever."""
         self._given_up.discard(identity)
         try:
             self._router.send_multipart([identity, wire.encode(Goodbye(self._config.incarnation, reason))], zmq.NOBLOCK)
@@ -177,7 +177,7 @@ class EngineLoop:
             return  # it is gone as well
 
     def _drop(self, api_server: ApiServer, why: str) -> None:
-        """Its requests are aborted, its connection is known no more."""
+        """Abort the requests of an API server, and forget its connection."""
         identity = wire.identity(*api_server)
         self._given_up.discard(identity)
         if self._known.pop(identity, None) is not None:

@@ -171,7 +171,7 @@ class Scheduler:
         return self._in_flight
 
     def _schedule_decodes(self, counts: IterationCounts) -> list[RequestState]:
-        """Schedule whoever needs one position; the other running requests are returned. The loop that is paid for
+        """Schedule every request that needs one position and return the other running ones. This loop costs time for
         every token."""
         scheduled, block_size, budget = self._scheduled, self._pool.block_size, self._budget
         prefills = []

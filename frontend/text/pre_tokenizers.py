@@ -28,7 +28,7 @@ _DEFAULT: Final = (r"[\p{P}\$\+<=>\^~\|]+", _WORD, r"\p{N}+", r"[0-9][0-9][0-9]"
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """One way to cut."""
+    """How text is cut into words, and what goes with it."""
 
     make: Callable[[], pre_tokenizers.PreTokenizer]
     ignore_merges: bool = False  # a word that is a token is that token, whatever the merges say

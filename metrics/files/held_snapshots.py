@@ -59,19 +59,19 @@ class HeldWriter:
         fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _WHOLE_FILE)
 
     def hold(self, engine: int, held: Held) -> None:
-        """In place of what was held of this engine."""
+        """Write what is held of an engine from now on."""
         content = _CONTENT.pack(*held.position, held.expires_at)
         offset = engine * _ENTRY_BYTES
         self._map[offset : offset + _ENTRY_BYTES] = content + _CRC.pack(zlib.crc32(content))
 
     def close(self) -> None:
-        """As the end of the process does: it holds nothing any more."""
+        """Hold nothing any more, as after the end of the process."""
         self._map.close()
         self._file.close()
 
 
 class HeldReader:
-    """The side of whoever answers a scrape; keeps the files mapped between reads."""
+    """The side of an API server that answers a scrape; it keeps the files mapped between reads."""
 
     def __init__(self, directory: str, num_api_servers: int, num_engines: int) -> None:
         self._paths = [held_path(directory, index) for index in range(num_api_servers)]

@@ -14,7 +14,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One row."""
+    """What is peculiar to one family."""
 
     name: str  # model_type in config.json
     gguf: str | None = None  # general.architecture in GGUF files; None: they go by another family's

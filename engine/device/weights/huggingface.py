@@ -44,7 +44,7 @@ class HuggingFaceCheckpoint:
 
 
 def _find_shards(directory: Path) -> dict[str, Path]:
-    """Tensor name to file."""
+    """Which file has which tensor, by the tensor's name."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         weight_map = _read_json(index).get("weight_map")

@@ -43,7 +43,7 @@ class RotatedCheckpoint:
         return cosine_basis(self.spec.hidden_size)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """float32."""
+        """Read one tensor in the new basis, float32."""
         if name == _EMBEDDINGS:
             return self._read(name, shape) @ self._basis
         if name == _HEAD:

@@ -74,7 +74,7 @@ class Checkpoint(Protocol):
 
 
 def linear_divisors(factor: float, head_dim: int) -> tuple[float, ...]:
-    """All positions drawn closer by one factor."""
+    """Divisors that draw all positions closer together by one factor."""
     return (factor,) * (head_dim // 2)
 
 

@@ -47,7 +47,7 @@ class Values:
         self._values = values
 
     def get(self, key: str) -> Any:
-        """As it stands in the file; None where it does not."""
+        """The value as it stands in the file; None where the file has none."""
         return self._values.get(key)
 
     def whole(self, field: str, key: str, default: int | None = None) -> int:
@@ -59,7 +59,7 @@ class Values:
         return value
 
     def real(self, field: str, key: str, default: float | None = None) -> float:
-        """The same of a field of REAL."""
+        """A number for this field of REAL, or the default, which is checked as well."""
         least, greatest = REAL[field]
         value = self._value(key, default)
         if type(value) not in (int, float) or not least <= value <= greatest:  # NaN is neither
