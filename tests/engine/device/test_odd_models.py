@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import resource
+import struct
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from gguf import GGUFValueType as Kind
 from hypothesis import given, settings
@@ -175,6 +178,19 @@ def test_a_hidden_size_that_no_tensor_has_costs_no_memory_with_int8(tmp_path: Pa
     model = ModelConfig(path=str(tmp_path), device="cpu", quantization="int8")
     with pytest.raises(ModelError, match="has shape"):
         TorchRunner.load(model, CacheConfig(num_gpu_blocks_override=256), SchedulerConfig())
+
+
+def test_a_quantised_tensor_whose_rows_are_no_whole_blocks_is_one_line(tmp_path: Path):
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    blocks = gguf.quantize(np.ones((2, 64), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("x", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.write_bytes(path.read_bytes().replace(struct.pack("<QQ", 64, 2), struct.pack("<QQ", 63, 2)))
+    assert "Q8_0 with the shape (2, 63)" in refusal(path)
 
 
 def test_every_bound_lets_something_in():
