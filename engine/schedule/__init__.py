@@ -11,9 +11,10 @@ from engine.schedule.block_pool import BlockPool
 from engine.schedule.record import Recorder
 from engine.schedule.request import RequestState
 from engine.schedule.scheduler import Scheduler
-from engine.wire import SamplingParams, TokenLogprobs
+from engine.wire import LEAST_TEMPERATURE, SamplingParams, TokenLogprobs
 
 __all__ = [
+    "LEAST_TEMPERATURE",
     "Batch",
     "BlockPool",
     "IterationCounts",

@@ -38,11 +38,21 @@ from engine.wire.messages import (
     parse_identity,
     work_endpoint,
 )
-from engine.wire.sampling import MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from engine.wire.sampling import (
+    GREATEST_REPETITION_PENALTY,
+    LEAST_REPETITION_PENALTY,
+    LEAST_TEMPERATURE,
+    MAX_LOGPROBS,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 __all__ = [
     "DEPLOYMENT_TOPIC",
     "FINISH_REASONS",
+    "GREATEST_REPETITION_PENALTY",
+    "LEAST_REPETITION_PENALTY",
+    "LEAST_TEMPERATURE",
     "MAX_LOGPROBS",
     "Abort",
     "Alive",
