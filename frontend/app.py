@@ -27,7 +27,7 @@ from frontend import api
 from frontend.config import ServerConfig
 from frontend.deployment_view import DeploymentView
 from frontend.errors import ApiError, EngineUnavailable, NotFound, Unauthorized, error_middleware
-from frontend.routes import Handler, Route, mount, route_of
+from frontend.routes import Handler, Route, mount, route_of, status_route
 from frontend.scrape import OWN_PATH, PROCESSES_PATH, ScrapeRequest, scrape_request, targets
 from frontend.services import Services
 from metrics.catalogue import API_SERVER
@@ -92,12 +92,12 @@ class StatusRoutes:
         pool = scraped(lambda services, asked, _: asked.body(services.pool_exposition(asked.form)))
         return [
             *self._common(),
-            Route(path="/metrics", handler=whole),
-            Route(path="/metrics/", handler=whole),
-            Route(path="/metrics/engine/{engine}", handler=engine),
-            Route(path="/metrics/pool", handler=pool),
-            Route(path=PROCESSES_PATH, handler=scraped(lambda services, asked, _: services.scrape.processes(asked))),
-            Route(path="/prometheus/targets", handler=self.targets),
+            status_route("/metrics", whole),
+            status_route("/metrics/", whole),
+            status_route("/metrics/engine/{engine}", engine),
+            status_route("/metrics/pool", pool),
+            status_route(PROCESSES_PATH, scraped(lambda services, asked, _: services.scrape.processes(asked))),
+            status_route("/prometheus/targets", self.targets),
         ]
 
     def admin(self) -> list[Route]:
@@ -106,18 +106,18 @@ class StatusRoutes:
         own = self._scraped(lambda services, asked, _: services.scrape.own(asked))
         return [
             *self._common(),
-            Route(path="/metrics", handler=exported),
-            Route(path="/metrics/", handler=exported),
-            Route(path=OWN_PATH, handler=own),
+            status_route("/metrics", exported),
+            status_route("/metrics/", exported),
+            status_route(OWN_PATH, own),
         ]
 
     def _common(self) -> list[Route]:
         return [
-            Route(path="/health", handler=self.health),
-            Route(path="/ping", method="*", handler=self.health),
-            Route(path="/version", handler=self.version),
-            Route(path="/deployment", handler=self.deployment),
-            Route(path="/load", handler=self.load),
+            status_route("/health", self.health),
+            status_route("/ping", self.health, "*"),
+            status_route("/version", self.version),
+            status_route("/deployment", self.deployment),
+            status_route("/load", self.load),
         ]
 
     async def health(self, request: web.Request) -> web.Response:

@@ -17,12 +17,13 @@ import zmq
 from engine.wire import Facts
 from frontend.api import OpenAIService
 from frontend.config import ServerConfig
-from frontend.counters import Bulkhead, GroupCommit, RequestRecord
+from frontend.counters import GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
 from frontend.engines import Admission, Asked, EngineClients, Identity, InFlight, Limits, Observer
 from frontend.scrape import Exporter, Figures, Layouts, Pool, Scrape, boottime, load_report
 from frontend.text import Tokenizer
 from frontend.tracing import RequestTrace
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER, ENGINE
 from metrics.exposition import Format
 from metrics.files import ExemplarStore, Origin, TallyStore, exemplars_path, tally_path
@@ -56,21 +57,15 @@ class Services:
         self._exemplars: ExemplarStore | None = None
         self.record = RequestRecord(self._store.tally, layouts[API_SERVER], config.num_engines, self._exemplify)
         self.record.close_books()
-        self._bulkhead = Bulkhead(self.record)
+        self._bulkhead = Bulkhead(self.record.fault, log)
         if config.log_stats:
             with self._bulkhead.around("record"):
                 path = exemplars_path(config.directory, API_SERVER, config.index)
                 self._exemplars = ExemplarStore(path, layouts[API_SERVER], time.time)
-        self.group = GroupCommit(self._commit, lambda error: self._bulkhead.caught("commit", error))
+        self.group = GroupCommit(self._commit, self._bulkhead)
         self.group.now()
-        self._admission = Admission(
-            Limits(max_num_queued_reqs=config.max_num_queued_reqs, max_num_queued_tokens=config.max_num_queued_tokens),
-            own=self._own_in_flight,
-            others=self._others_in_flight,
-            on_rejected=self._on_rejected,
-            clock=time.monotonic,
-        )
         self._telemetry = _telemetry(config)
+        self._admission = self._make_admission(config)
         self.clients = EngineClients(
             context,
             config.directory,
@@ -150,10 +145,19 @@ class Services:
         self.record.flush()
         self._store.commit()
 
+    def _make_admission(self, config: ServerConfig) -> Admission:
+        return Admission(
+            Limits(max_num_queued_reqs=config.max_num_queued_reqs, max_num_queued_tokens=config.max_num_queued_tokens),
+            own=self._own_in_flight,
+            others=self._others_in_flight,
+            on_rejected=self._on_rejected,
+            clock=time.monotonic,
+        )
+
     def _observe(self, asked: Asked) -> Observer:
         """Tells the telemetry of each request's end."""
         assert self._telemetry is not None, "nobody asks for traces"
-        return RequestTrace(asked, self._telemetry.tell, lambda error: self._bulkhead.caught("tracing", error))
+        return RequestTrace(asked, self._telemetry.tell, self._bulkhead)
 
     async def _keep_house(self) -> None:
         while True:

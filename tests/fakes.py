@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from engine.wire import Finish, SamplingParams, Start, TokenLogprobs
 from frontend.context import RequestContext
 from frontend.counters.group_commit import GroupCommit
 from frontend.engines import Asked
+from metrics.bulkhead import Bulkhead
 
 T = TypeVar("T")
 
@@ -154,6 +156,11 @@ def fake_asked(
     )
 
 
+def fake_group(commit: Callable[[], None]) -> GroupCommit:
+    """A group commit whose faults nobody counts."""
+    return GroupCommit(commit, Bulkhead(lambda where: None, logging.getLogger(__name__)))
+
+
 def fake_start(*, num_cached_tokens: int = 0) -> Start:
     """An engine's first word on a sequence, times left out."""
     return Start(0.0, 0.0, num_cached_tokens, 0)
@@ -241,7 +248,7 @@ class FakeClients:
     def __init__(self, *scripts: Sequence[Sequence[FakeDelta] | Exception | None] | Exception) -> None:
         self.scripts = list(scripts)
         self.log: list[str] = []
-        self.group = GroupCommit(lambda: self.log.append("commit"), lambda error: None)
+        self.group = fake_group(lambda: self.log.append("commit"))
         self.asks: list[FakeAsk] = []
         self.has_taken_all = asyncio.Event()
 

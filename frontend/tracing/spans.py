@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from frontend.context import RequestContext
 from frontend.engines import Asked, Generation
 from frontend.errors import ApiError
+from metrics.bulkhead import Bulkhead
 
 Attributes = dict[str, str | int | float | Sequence[str]]
 
@@ -52,18 +53,18 @@ class Trace:
 
 
 class RequestTrace:
-    """Observes one request and tells `sink` of it when it is over. P8: what fails in that, `on_fault` hears of."""
+    """Observes one request and tells `sink` of it when it is over."""
 
     def __init__(
         self,
         asked: Asked,
         sink: Callable[[Trace], None],
-        on_fault: Callable[[Exception], None],
+        bulkhead: Bulkhead,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._asked = asked
         self._sink = sink
-        self._on_fault = on_fault
+        self._bulkhead = bulkhead
         self._clock = clock
         self.first_token_at: float | None = None
         self.delay_s = (
@@ -72,25 +73,23 @@ class RequestTrace:
         self.finished_at: float | None = None
 
     def refused(self, error: ApiError) -> None:
-        self._tell(lambda: _refused(self._asked, self._clock(), error))
+        with self._bulkhead.around("tracing"):
+            self._sink(_refused(self._asked, self._clock(), error))
 
     def arrived(self, at: float) -> None:
-        now = self._clock()
-        self.delay_s = min(self.delay_s, now - at)
-        if self.first_token_at is None:
-            self.first_token_at = now
+        with self._bulkhead.around("tracing"):
+            now = self._clock()
+            self.delay_s = min(self.delay_s, now - at)
+            if self.first_token_at is None:
+                self.first_token_at = now
 
     def finished(self) -> None:
-        self.finished_at = self._clock()
+        with self._bulkhead.around("tracing"):
+            self.finished_at = self._clock()
 
     def closed(self, generation: Generation) -> None:
-        self._tell(lambda: _ended(self._asked, generation, self, self._clock()))
-
-    def _tell(self, make: Callable[[], Trace]) -> None:
-        try:
-            self._sink(make())
-        except Exception as error:  # noqa: BLE001 - a bulkhead
-            self._on_fault(error)
+        with self._bulkhead.around("tracing"):
+            self._sink(_ended(self._asked, generation, self, self._clock()))
 
 
 # --- what is told; pure ---

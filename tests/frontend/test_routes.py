@@ -10,7 +10,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from frontend.api import OpenAIService, routes
 from frontend.app import UNROUTED
-from frontend.routes import Route, mount, route_of
+from frontend.routes import Route, mount, route_of, status_route
 from metrics.catalogue import HANDLERS
 
 
@@ -37,10 +37,11 @@ async def test_a_request_finds_its_entry_by_template_and_method_and_none_where_t
     mount(
         app,
         [
-            Route(path="/plain", handler=hello),
-            Route(path="/of/{name:.+}", handler=hello),
-            Route(path="/any", method="*", handler=hello),
-            Route(path="/made", method="POST", handler=hello),
+            status_route("/plain", hello),
+            status_route("/of/{name:.+}", hello),
+            status_route("/any", hello, "*"),
+            status_route("/made", hello, "POST"),
+            status_route("/made", hello, "PUT"),
         ],
     )
     async with TestClient(TestServer(app)) as http:
@@ -50,6 +51,7 @@ async def test_a_request_finds_its_entry_by_template_and_method_and_none_where_t
             ("GET", "/of/a/b", 200, "/of/{name:.+}"),
             ("DELETE", "/any", 200, "/any"),
             ("POST", "/made", 200, "/made"),
+            ("PUT", "/made", 200, "/made"),
             ("GET", "/made", 405, "none"),
             ("GET", "/nothing", 404, "none"),
         ):
@@ -58,8 +60,8 @@ async def test_a_request_finds_its_entry_by_template_and_method_and_none_where_t
 
 
 def test_a_label_that_the_catalogue_does_not_know_is_refused_at_the_start():
-    with pytest.raises(AssertionError, match="the catalogue has no '/v2/new'"):
-        mount(web.Application(), [Route(path="/v2/new", handler=hello, label="/v2/new")])
+    with pytest.raises(ValueError, match="the catalogue has no handler '/v2/new'"):
+        mount(web.Application(), [Route(path="/v2/new", handler=hello, label="/v2/new", needs_key=True)])
 
 
 def test_every_route_of_the_model_needs_a_key_and_is_counted_and_every_label_has_a_route():
@@ -70,3 +72,26 @@ def test_every_route_of_the_model_needs_a_key_and_is_counted_and_every_label_has
     assert all(route.needs_key and route.label is not None for route in of_model)
     assert {route.label for route in of_model} | {UNROUTED} == set(HANDLERS)
     assert {route.operation for route in of_model if route.reports_load} == {"text_completion", "chat"}
+
+
+async def test_two_methods_of_one_path_keep_their_own_entries():
+    app = web.Application(middlewares=[naming])
+    open_one = Route(path="/thing", handler=hello, method="DELETE", label=None, needs_key=False)
+    guarded = Route(path="/thing", handler=hello, label=None, needs_key=True)
+    found: list[bool] = []
+
+    @web.middleware
+    async def look(request: web.Request, handler: Any) -> web.StreamResponse:
+        route = route_of(request)
+        assert route is not None
+        found.append(route.needs_key)
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    app.middlewares.append(look)
+    mount(app, [guarded, open_one])
+    async with TestClient(TestServer(app)) as http:
+        for method in ("GET", "HEAD", "DELETE"):
+            async with http.request(method, "/thing") as answer:
+                assert answer.status == 200
+    assert found == [True, True, False]

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from engine.wire import Finish, Output, Start
 from frontend.api.answer import Answer, Piece
-from frontend.counters.group_commit import GroupCommit
 from frontend.engines.generation import Generation, SequenceState
 from frontend.errors import ApiError, EngineLost, GenerationFailed
 from frontend.text.detokenizer import SequenceText, StopStrings
-from tests.fakes import fake_asked, fake_finish, fake_start
+from tests.fakes import fake_asked, fake_finish, fake_group, fake_start
 from tests.frontend.small_tokenizers import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
@@ -74,7 +73,7 @@ class Run:
     def __init__(self, n: int, stops: Sequence[str] = ()) -> None:
         self.books = Books()
         self.num_received = 0
-        group = GroupCommit(lambda: None, lambda error: None)
+        group = fake_group(lambda: None)
         asked = fake_asked(n=n)
         books: Any = self.books
         self.generation = Generation(books, books, group, lambda: 1.0, asked, range(n))

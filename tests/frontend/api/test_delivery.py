@@ -13,7 +13,7 @@ from frontend.counters.group_commit import GroupCommit
 from frontend.engines.generation import Generation
 from frontend.errors import EngineLost
 from frontend.text.detokenizer import SequenceText, StopStrings
-from tests.fakes import fake_asked, fake_finish, fake_start
+from tests.fakes import fake_asked, fake_finish, fake_group, fake_start
 from tests.frontend.api.test_answer import Books, output_of
 from tests.frontend.small_tokenizers import byte_level_tokenizer
 
@@ -60,7 +60,7 @@ class Client:
 
 def make(num: int = 1) -> tuple[list[Client], list[str]]:
     log: list[str] = []
-    group = GroupCommit(lambda: log.append("commit"), lambda error: None)
+    group = fake_group(lambda: log.append("commit"))
     return [Client(group, log, str(number) if num > 1 else "") for number in range(num)], log
 
 

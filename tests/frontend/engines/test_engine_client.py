@@ -14,7 +14,6 @@ import zmq
 from engine import wire
 from engine.wire import Abort, Goodbye, Hello, SamplingParams
 from engine.wire.deployment import Deployment, ProcessEntry
-from frontend.counters.group_commit import GroupCommit
 from frontend.counters.request_record import RequestRecord
 from frontend.engines import engine_client
 from frontend.engines.engine_client import EngineClients, Identity
@@ -23,7 +22,7 @@ from frontend.errors import ApiError, EngineLost, EngineUnavailable, TooManyRequ
 from metrics.catalogue import API_SERVER, ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
-from tests.fakes import fake_asked
+from tests.fakes import fake_asked, fake_group
 from tests.frontend.deployments import START, FakeEngine, deltas_of, finish, output, until
 
 LAYOUT = build_layout(API_SERVER, Shape(num_engines=1, num_api_servers=1, max_model_len=2048))
@@ -59,7 +58,7 @@ class Bench:
         self.num_commits = 0
         self.committed = list(self.tally.cells)
         self.record = RequestRecord(self.tally, LAYOUT, 1)
-        self.group = GroupCommit(self._commit, lambda error: None)
+        self.group = fake_group(self._commit)
         self.observers: list[Watcher] = []
         self.clients = EngineClients(
             self.context,

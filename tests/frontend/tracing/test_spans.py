@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -16,16 +17,16 @@ from hypothesis import strategies as st
 
 from engine.wire import Finish, Output, SamplingParams, Start
 from frontend.config import ConfigError, server_config_from_json
-from frontend.counters.group_commit import GroupCommit
 from frontend.counters.request_record import RequestRecord
 from frontend.engines.generation import Asked, Generation
 from frontend.errors import EngineLost, TooManyRequests
 from frontend.tracing.otlp import DURATIONS, FLUSH_S, Telemetry, signal_url
 from frontend.tracing.spans import RequestTrace, Stage, Trace
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
-from tests.fakes import fake_asked
+from tests.fakes import fake_asked, fake_group
 from tests.frontend.deployments import make_config
 from tests.otlp import Receiver, plain, receiving
 
@@ -63,11 +64,12 @@ class Bench:
         self.engine = Engine()
         self.offset_s = offset_s
         self.traces: list[Trace] = []
-        self.faults: list[Exception] = []
+        self.faults: list[str] = []
+        self.bulkhead = Bulkhead(self.faults.append, logging.getLogger(__name__))
         self.sink: Callable[[Trace], None] = self.traces.append
 
     def observer(self, asked: Asked) -> RequestTrace:
-        return RequestTrace(asked, self.sink, self.faults.append, self.clock)
+        return RequestTrace(asked, self.sink, self.bulkhead, self.clock)
 
     def asked(self, n: int = 1) -> Asked:
         return fake_asked(num_prompt_tokens=2, sampling=SAMPLING, n=n, arrived_at=self.clock.now)
@@ -75,7 +77,7 @@ class Bench:
     def submit(self, n: int = 1) -> Generation:
         asked = self.asked(n)
         record = RequestRecord(Tally(LAYOUT), LAYOUT, 1).engines[0]
-        group = GroupCommit(lambda: None, lambda error: None)
+        group = fake_group(lambda: None)
         return Generation(self.engine, record, group, self.clock, asked, range(n), self.observer(asked))
 
     async def arrive(
@@ -262,8 +264,18 @@ async def test_a_fault_in_telling_costs_no_request():
 
     bench.sink = fail
     bench.submit().close()
+    assert bench.faults == ["tracing"]
+    generation = bench.submit()
+    generation._observer._clock = lambda: 1 / 0  # type: ignore[union-attr]
+    await bench.arrive(generation, 103.0, start=bench.start(100.0, 101.0), reason="length")
+    generation.delivered(1)
+    generation.finish()
+    generation.close()
+    bench.faults.clear()
+    bench.sink = fail
+    bench.submit().close()
     bench.observer(bench.asked()).refused(TooManyRequests("full", code="queue_full"))
-    assert [str(fault) for fault in bench.faults] == ["no", "no"]
+    assert bench.faults == ["tracing", "tracing"]
 
 
 @pytest.mark.parametrize("module", ["frontend.server", "frontend.services", "frontend.tracing.spans"])
