@@ -60,7 +60,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tiny_llama(
+def write_tiny_llama(  # noqa: PLR0913  the fields of config.json, each by name and with a default
     directory: Path | str,
     *,
     family: str = "llama",

@@ -38,7 +38,7 @@ class EngineCore:
         "on_iteration",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  its collaborators; the observers are optional and by name
         self,
         scheduler: Scheduler,
         runner: Runner,
