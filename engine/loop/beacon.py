@@ -104,7 +104,11 @@ class Beacon:
     def start(self) -> None:
         """Raises BroadcastError. The sockets, made here, belong to the thread from then on."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._open(context)
+        try:
+            self._open(context)
+        except broadcast.BroadcastError:
+            context.destroy(linger=0)
+            raise
         self._thread = threading.Thread(target=self._run, args=(context,), name="beacon", daemon=True)
         self._thread.start()
 

@@ -222,6 +222,8 @@ def main(arguments: list[str] | None = None, runner_factory: RunnerFactory = loa
     except CannotServeError as error:
         lifeline.report(Failed(message=str(error)))
         return 2
+    finally:
+        lifeline.close()
     return 0
 
 

@@ -31,6 +31,7 @@ from metrics.election import Granter
 from metrics.layout import Layout, Shape, build_layout
 from metrics.snapshot import Heartbeat, Snapshot, decode_to_beacon, encode
 from metrics.tally import Tally
+from tests.contexts import OwningContext
 from tests.frontend.small_tokenizers import byte_level_tokenizer
 
 FACTS = Facts(
@@ -239,7 +240,7 @@ class Deployed:
 
     def __init__(self, stack: AsyncExitStack, num_api_servers: int, num_engines: int, **changes: Any) -> None:
         self.directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="wb"))
-        self.context = zmq.Context()
+        self.context = OwningContext()
         stack.callback(self.context.destroy, 0)
         self.num = (num_api_servers, num_engines)
         self.changes = changes

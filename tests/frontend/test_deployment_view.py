@@ -6,16 +6,16 @@ import tempfile
 from collections.abc import AsyncIterator
 
 import pytest
-import zmq
 
 from engine.wire.deployment import DEPLOYMENT_TOPIC, encode_deployment
 from frontend.deployment_view import DeploymentView
 from metrics import broadcast
+from tests.contexts import OwningContext
 from tests.frontend.deployments import ENGINE, make_table, until
 
 
 class Supervisor:
-    def __init__(self, context: zmq.Context, directory: str) -> None:
+    def __init__(self, context: OwningContext, directory: str) -> None:
         self._publisher = broadcast.Publisher(context, broadcast.deployment_endpoint(directory))
 
     async def join(self) -> None:
@@ -31,7 +31,7 @@ class Supervisor:
 @pytest.fixture
 async def both() -> AsyncIterator[tuple[Supervisor, DeploymentView]]:
     with tempfile.TemporaryDirectory(prefix="wb") as directory:
-        context = zmq.Context()
+        context = OwningContext()
         supervisor, view = Supervisor(context, directory), DeploymentView(context, directory)
         await supervisor.join()
         yield supervisor, view

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from typing import Any
 
@@ -84,7 +85,7 @@ async def test_with_api_keys_the_api_needs_one_of_them_and_the_rest_stays_open(d
 
 async def test_a_body_that_is_too_long_is_refused_in_the_usual_shape(deploy: Any):
     node = await one(deploy)
-    status, body, _ = await ask(node, "POST", "/v1/completions", data=b"a" * (MAX_BODY_BYTES + 1))
+    status, body, _ = await ask(node, "POST", "/v1/completions", data=io.BytesIO(b"a" * (MAX_BODY_BYTES + 1)))
     assert (status, set(body)) == (413, {"error"})
 
 

@@ -26,6 +26,7 @@ from metrics.broadcast import (
     make_subscriber,
     snapshot_endpoint,
 )
+from tests.contexts import OwningContext
 
 PATIENCE_S = 20.0
 
@@ -38,13 +39,13 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def receive(socket: zmq.Socket[bytes]) -> list[bytes]:
-    assert socket.poll(PATIENCE_S * 1000), "nothing came"
+    assert socket.poll(int(PATIENCE_S * 1000)), "nothing came"
     return socket.recv_multipart(flags=zmq.NOBLOCK)
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+def context() -> Iterator[OwningContext]:
+    context = OwningContext()
     yield context
     context.destroy(linger=0)
 
@@ -56,7 +57,7 @@ def directory() -> Iterator[str]:
         yield path
 
 
-def test_a_subscriber_receives_the_topics_it_asked_for(context: zmq.Context, directory: str) -> None:
+def test_a_subscriber_receives_the_topics_it_asked_for(context: OwningContext, directory: str) -> None:
     endpoint = snapshot_endpoint(directory, 0)
     publisher = Publisher(context, endpoint)
     subscriber = make_subscriber(context, [endpoint], [TOPIC_TALLY])
@@ -67,7 +68,7 @@ def test_a_subscriber_receives_the_topics_it_asked_for(context: zmq.Context, dir
     assert receive(subscriber) == [TOPIC_TALLY, b"snapshot"]
 
 
-def test_one_socket_hears_several_engines_also_those_that_start_later(context: zmq.Context, directory: str) -> None:
+def test_one_socket_hears_several_engines_also_those_that_start_later(context: OwningContext, directory: str) -> None:
     endpoints = [snapshot_endpoint(directory, engine) for engine in range(2)]
     subscriber = make_subscriber(context, endpoints, [TOPIC_TALLY])
     for engine, endpoint in enumerate(endpoints):
@@ -77,7 +78,7 @@ def test_one_socket_hears_several_engines_also_those_that_start_later(context: z
         assert receive(subscriber) == [TOPIC_TALLY, b"%d" % engine]
 
 
-def test_a_restarted_publisher_is_found_again_at_the_same_path(context: zmq.Context, directory: str) -> None:
+def test_a_restarted_publisher_is_found_again_at_the_same_path(context: OwningContext, directory: str) -> None:
     endpoint = snapshot_endpoint(directory, 0)
     subscriber = make_subscriber(context, [endpoint], [TOPIC_TALLY])
     for life in (b"1", b"2"):
@@ -89,7 +90,7 @@ def test_a_restarted_publisher_is_found_again_at_the_same_path(context: zmq.Cont
         publisher.close()
 
 
-def test_a_path_left_behind_by_a_killed_process_is_taken_over(context: zmq.Context, directory: str) -> None:
+def test_a_path_left_behind_by_a_killed_process_is_taken_over(context: OwningContext, directory: str) -> None:
     endpoint = snapshot_endpoint(directory, 0)
     Path(endpoint.removeprefix("ipc://")).touch()
     publisher = Publisher(context, endpoint)
@@ -98,7 +99,7 @@ def test_a_path_left_behind_by_a_killed_process_is_taken_over(context: zmq.Conte
     subscriber.close(linger=0)
 
 
-def test_has_subscribers_forgets_who_has_gone(context: zmq.Context) -> None:
+def test_has_subscribers_forgets_who_has_gone(context: OwningContext) -> None:
     publisher = Publisher(context, "inproc://gone")
     subscribers = [make_subscriber(context, ["inproc://gone"], [TOPIC_ITERATIONS]) for _ in range(2)]
     wait_until(lambda: publisher.has_subscribers(TOPIC_ITERATIONS), "the subscription")
@@ -107,7 +108,7 @@ def test_has_subscribers_forgets_who_has_gone(context: zmq.Context) -> None:
     wait_until(lambda: not publisher.has_subscribers(TOPIC_ITERATIONS), "the cancellation")
 
 
-def test_a_subscription_to_everything_counts_for_every_topic(context: zmq.Context) -> None:
+def test_a_subscription_to_everything_counts_for_every_topic(context: OwningContext) -> None:
     publisher = Publisher(context, "inproc://all")
     subscriber = make_subscriber(context, ["inproc://all"], [b""])
     wait_until(lambda: publisher.has_subscribers(TOPIC_ITERATIONS), "the subscription")
@@ -116,7 +117,7 @@ def test_a_subscription_to_everything_counts_for_every_topic(context: zmq.Contex
 
 
 def test_subscribers_that_never_read_neither_stop_the_publisher_nor_starve_who_reads(
-    context: zmq.Context, directory: str
+    context: OwningContext, directory: str
 ) -> None:
     """P8. A publisher that waited for them would hang here: they are sent many times what their queues hold."""
     endpoint = snapshot_endpoint(directory, 0)
@@ -138,14 +139,14 @@ def test_subscribers_that_never_read_neither_stop_the_publisher_nor_starve_who_r
     assert all(subscriber.get(zmq.RCVHWM) == SUBSCRIBER_HWM for subscriber in deaf)
 
 
-def test_publishing_into_a_closed_socket_is_a_drop_not_an_error(context: zmq.Context) -> None:
+def test_publishing_into_a_closed_socket_is_a_drop_not_an_error(context: OwningContext) -> None:
     publisher = Publisher(context, "inproc://closed")
     publisher.close()
     assert not publisher.publish(TOPIC_TALLY, b"late")
     assert not publisher.has_subscribers(TOPIC_TALLY)
 
 
-def test_heartbeats_arrive_in_order(context: zmq.Context, directory: str) -> None:
+def test_heartbeats_arrive_in_order(context: OwningContext, directory: str) -> None:
     endpoint = heartbeat_endpoint(directory, 0)
     beacon = bind_heartbeats(context, endpoint)
     sender = connect_heartbeats(context, endpoint)
@@ -155,7 +156,7 @@ def test_heartbeats_arrive_in_order(context: zmq.Context, directory: str) -> Non
     assert [receive(beacon) for _ in range(3)] == [[b"0"], [b"1"], [b"2"]]
 
 
-def test_no_heartbeat_is_kept_for_an_engine_that_is_away(context: zmq.Context, directory: str) -> None:
+def test_no_heartbeat_is_kept_for_an_engine_that_is_away(context: OwningContext, directory: str) -> None:
     endpoint = heartbeat_endpoint(directory, 0)
     sender = connect_heartbeats(context, endpoint)
     with pytest.raises(zmq.Again):
@@ -166,7 +167,7 @@ def test_no_heartbeat_is_kept_for_an_engine_that_is_away(context: zmq.Context, d
     assert receive(beacon) == [b"first"]
 
 
-def test_the_queue_to_a_beacon_that_does_not_read_is_bounded(context: zmq.Context) -> None:
+def test_the_queue_to_a_beacon_that_does_not_read_is_bounded(context: OwningContext) -> None:
     beacon = bind_heartbeats(context, "inproc://frozen")
     sender = connect_heartbeats(context, "inproc://frozen")
     num_queued = 0
@@ -198,14 +199,14 @@ def test_a_path_too_long_for_a_socket_is_refused_by_name_and_length(endpoint: Ca
         endpoint(fits + "d")
 
 
-def test_the_longest_path_that_is_allowed_can_be_bound(context: zmq.Context, directory: str) -> None:
+def test_the_longest_path_that_is_allowed_can_be_bound(context: OwningContext, directory: str) -> None:
     padding = MAX_IPC_PATH_BYTES - len(deployment_endpoint(directory).removeprefix("ipc://")) - 1
     longest = Path(directory) / ("d" * padding)
     longest.mkdir()
     Publisher(context, deployment_endpoint(str(longest))).close()
 
 
-def test_an_endpoint_that_cannot_be_bound_is_named(context: zmq.Context, directory: str) -> None:
+def test_an_endpoint_that_cannot_be_bound_is_named(context: OwningContext, directory: str) -> None:
     missing = snapshot_endpoint(f"{directory}/missing", 0)
     with pytest.raises(BroadcastError, match=r"cannot bind .*missing"):
         Publisher(context, missing)

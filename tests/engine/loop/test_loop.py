@@ -26,6 +26,7 @@ from engine.wire.deployment import Alive, Facts, Failed, Ready, decode_report
 from engine.wire.lifeline import make_lifeline, read_reports
 from metrics.catalogue import ENGINE
 from metrics.files.store import TallyReader, tally_path
+from tests.contexts import OwningContext
 from tests.engine.engine_processes import VOCAB_SIZE, SizedRunner, engine_layout, make_config, open_store
 from tests.fakes import fake_output
 
@@ -41,7 +42,7 @@ class Engine:
         self.store = open_store(directory, incarnation)
         self.runner = SizedRunner()
         self.shared = Shared()
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context = OwningContext()
         self.router = bind_router(self.context, wire.work_endpoint(directory, 0, incarnation))
         recorder = Recorder(self.store.tally, self.store.tally.layout, self.config.num_api_servers)
         recorder.close_books()

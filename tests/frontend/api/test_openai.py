@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import socket
 from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]
@@ -490,7 +491,7 @@ async def test_bad_input_never_reaches_an_engine(case: str):
     path, body, status, words = BAD[case]
     clients = FakeClients()
     async with serving(clients) as http:
-        answer = await http.post(path, data=body if isinstance(body, bytes) else json.dumps(body).encode())
+        answer = await http.post(path, data=io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode()))
         assert answer.status == status
         assert words in json.dumps((await answer.json())["error"])
     assert not clients.asks

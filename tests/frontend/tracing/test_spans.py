@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -28,7 +29,7 @@ from frontend.tracing.spans import Call, Stage, Trace, TracedClients, TracedGene
 from metrics.catalogue import API_SERVER
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
-from tests.frontend.deployments import make_config
+from tests.frontend.deployments import make_config, until
 from tests.otlp import Receiver, plain, receiving
 
 LAYOUT = build_layout(API_SERVER, Shape(num_engines=1, num_api_servers=1, max_model_len=2048))
@@ -424,6 +425,7 @@ async def test_histograms_alone_need_no_spans():
 
 async def test_an_endpoint_that_is_down_slows_nothing_and_is_said_once(caplog):
     trace = await recent()
+    before = set(threading.enumerate())
     sender = telemetry("http://127.0.0.1:9", with_metrics=False)
     began_at = time.monotonic()
     for _ in range(3000):  # more than the queue holds
@@ -435,6 +437,7 @@ async def test_an_endpoint_that_is_down_slows_nothing_and_is_said_once(caplog):
     said = [record.message for record in caplog.records if record.name.startswith("opentelemetry")]
     assert said
     assert len(said) == len({text[:20] for text in said}), said
+    await until(lambda: set(threading.enumerate()) <= before)
 
 
 async def test_a_receiver_that_refuses_is_counted():
