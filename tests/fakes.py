@@ -225,10 +225,13 @@ class FakeAsk:
     generation: FakeGeneration
 
 
+Script = Sequence[Sequence[FakeDelta] | Exception | None]  # what a generation plays
+
+
 class FakeClients:
     """Plays the next script for each request that is submitted; an exception in place of a script is raised."""
 
-    def __init__(self, *scripts: Sequence[Sequence[FakeDelta] | Exception | None] | Exception) -> None:
+    def __init__(self, *scripts: Script | Exception) -> None:
         self.scripts = list(scripts)
         self.log: list[str] = []
         self.asks: list[FakeAsk] = []

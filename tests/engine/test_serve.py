@@ -285,16 +285,28 @@ def until(parent: subprocess.Popen[str], event: str) -> str:
     raise AssertionError(f"{event!r} never came:\n{''.join(said)}")
 
 
+def first_line(parent: subprocess.Popen[str]) -> str:
+    """What is printed when all are ready."""
+    assert parent.stdout is not None
+    return parent.stdout.readline()
+
+
+def rest_of_log(parent: subprocess.Popen[str]) -> str:
+    """Until the supervisor and its children have ended: nobody can write to it any more."""
+    assert parent.stderr is not None
+    return parent.stderr.read()
+
+
 def test_a_supervisor_of_stubs_starts_restarts_and_ends_them(model: Path, tmp_path: Path):
     with supervised(model, tmp_path, "-asc", "2") as parent:
         started = until(parent, "event=started role=api-server index=1 incarnation=1 ")
-        ready = parent.stdout.readline()
+        ready = first_line(parent)
         assert ready.startswith("ready url=http://127.0.0.1:")
         assert ready.endswith("model=tiny api_servers=2 engines=1\n")
         os.kill(int(started.rpartition("pid=")[2]), signal.SIGKILL)
         until(parent, "event=started role=api-server index=1 incarnation=2 ")
         parent.send_signal(signal.SIGINT)
-        rest = parent.stderr.read()
+        rest = rest_of_log(parent)
         assert parent.wait(20) == 0
     assert "Traceback" not in rest
     assert not list((tmp_path / "run").iterdir())
@@ -303,14 +315,14 @@ def test_a_supervisor_of_stubs_starts_restarts_and_ends_them(model: Path, tmp_pa
 def test_no_secret_is_an_argument_a_variable_or_a_line_of_the_log(model: Path, tmp_path: Path):
     with supervised(model, tmp_path, "--api-key", f"{SECRET}2") as parent:
         started = [until(parent, f"event=started role={role} ") for role in ("engine", "api-server")]
-        assert parent.stdout.readline().startswith("ready ")
+        assert first_line(parent).startswith("ready ")
         for line in started:
             pid = int(line.rpartition("pid=")[2])
             for name in ("cmdline", "environ"):
                 assert SECRET.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
         assert SECRET.encode() not in Path(f"/proc/{parent.pid}/cmdline").read_bytes()
         parent.terminate()
-        assert SECRET not in parent.stderr.read()
+        assert SECRET not in rest_of_log(parent)
         assert parent.wait(20) == 0
 
 
@@ -325,30 +337,30 @@ def test_a_process_that_cannot_be_started_is_tried_again(model: Path, tmp_path: 
     with supervised(model, tmp_path, before=before) as parent:
         for _ in range(3):
             assert "no process left" in until(parent, "event=start_failed ")
-        assert parent.stdout.readline().startswith("ready ")
+        assert first_line(parent).startswith("ready ")
         parent.terminate()
-        assert "Traceback" not in parent.stderr.read()
+        assert "Traceback" not in rest_of_log(parent)
         assert parent.wait(20) == 0
 
 
 def test_a_supervisor_that_is_killed_leaves_a_directory_that_the_next_one_removes(model: Path, tmp_path: Path):
     with supervised(model, tmp_path) as parent:
-        assert parent.stdout.readline().startswith("ready ")
+        assert first_line(parent).startswith("ready ")
         [left] = (tmp_path / "run").iterdir()
         parent.kill()
-        parent.stderr.read()  # the children have ended when nobody can write any more
+        rest_of_log(parent)
     with supervised(model, tmp_path) as parent:
-        assert parent.stdout.readline().startswith("ready ")
+        assert first_line(parent).startswith("ready ")
         [found] = (tmp_path / "run").iterdir()
         assert found != left
         with supervised(model, tmp_path) as second:  # of a living one, nothing is removed
-            assert second.stdout.readline().startswith("ready ")
+            assert first_line(second).startswith("ready ")
             assert found.is_dir()
 
 
 def test_a_child_that_never_gets_ready_ends_the_deployment_with_code_1(model: Path, tmp_path: Path):
     with supervised(model, tmp_path, stub="raise SystemExit(3)") as parent:
-        said = parent.stderr.read().splitlines()
+        said = rest_of_log(parent).splitlines()
         assert parent.wait(20) == 1
     assert "engine.serve: engine 0 ended 5 times without getting ready" in said
     assert not list((tmp_path / "run").iterdir())
@@ -363,6 +375,6 @@ def test_a_signal_while_everything_starts_ends_everything(model: Path, tmp_path:
         for _ in range(signals):
             parent.send_signal(signal.SIGINT)
             until(parent, "event=stopping")
-        assert "Traceback" not in parent.stderr.read()
+        assert "Traceback" not in rest_of_log(parent)
         assert parent.wait(20) == 0
     assert not list((tmp_path / "run").iterdir())

@@ -307,7 +307,7 @@ async def ask(node: Node, method: str, path: str, **arguments: Any) -> tuple[int
 
 
 async def one(deploy: Any, **changes: Any) -> Node:
-    deployed = await deploy(1, **changes)
+    deployed: Deployed = await deploy(1, **changes)
     return deployed.nodes[0]
 
 

@@ -10,8 +10,9 @@ import pytest
 from engine.wire.deployment import DEPLOYMENT_TOPIC, encode_deployment
 from frontend.deployment_view import DeploymentView
 from metrics import broadcast
+from metrics.catalogue import ENGINE
 from tests.contexts import OwningContext
-from tests.frontend.deployments import ENGINE, make_table, until
+from tests.frontend.deployments import make_table, until
 
 
 class Supervisor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,14 @@ def test_one_socket_hears_several_engines_also_those_that_start_later(context: O
     subscriber = make_subscriber(context, endpoints, [TOPIC_TALLY])
     for engine, endpoint in enumerate(endpoints):
         publisher = Publisher(context, endpoint)
-        wait_until(lambda p=publisher: p.has_subscribers(TOPIC_TALLY), "the subscription")
+        wait_until(partial(publisher.has_subscribers, TOPIC_TALLY), "the subscription")
         publisher.publish(TOPIC_TALLY, b"%d" % engine)
         assert receive(subscriber) == [TOPIC_TALLY, b"%d" % engine]
+
+
+def has_subscribers_again(publisher: Publisher, subscriber: zmq.Socket[bytes]) -> bool:
+    # NOTE: a SUB socket repeats its subscriptions to a publisher that came back only while its owner reads it.
+    return not subscriber.poll(1) and publisher.has_subscribers(TOPIC_TALLY)
 
 
 def test_a_restarted_publisher_is_found_again_at_the_same_path(context: OwningContext, directory: str) -> None:
@@ -83,8 +89,7 @@ def test_a_restarted_publisher_is_found_again_at_the_same_path(context: OwningCo
     subscriber = make_subscriber(context, [endpoint], [TOPIC_TALLY])
     for life in (b"1", b"2"):
         publisher = Publisher(context, endpoint)
-        # NOTE: a SUB socket repeats its subscriptions to a publisher that came back only while its owner reads it.
-        wait_until(lambda p=publisher: not subscriber.poll(1) and p.has_subscribers(TOPIC_TALLY), "the subscription")
+        wait_until(partial(has_subscribers_again, publisher, subscriber), "the subscription")
         publisher.publish(TOPIC_TALLY, life)
         assert receive(subscriber) == [TOPIC_TALLY, life]
         publisher.close()
@@ -150,7 +155,7 @@ def test_heartbeats_arrive_in_order(context: OwningContext, directory: str) -> N
     endpoint = heartbeat_endpoint(directory, 0)
     beacon = bind_heartbeats(context, endpoint)
     sender = connect_heartbeats(context, endpoint)
-    assert sender.poll(PATIENCE_S * 1000, zmq.POLLOUT)
+    assert sender.poll(int(PATIENCE_S * 1000), zmq.POLLOUT)
     for number in range(3):
         sender.send(b"%d" % number, flags=zmq.NOBLOCK)
     assert [receive(beacon) for _ in range(3)] == [[b"0"], [b"1"], [b"2"]]
@@ -162,7 +167,7 @@ def test_no_heartbeat_is_kept_for_an_engine_that_is_away(context: OwningContext,
     with pytest.raises(zmq.Again):
         sender.send(b"to nobody", flags=zmq.NOBLOCK)
     beacon = bind_heartbeats(context, endpoint)
-    assert sender.poll(PATIENCE_S * 1000, zmq.POLLOUT)
+    assert sender.poll(int(PATIENCE_S * 1000), zmq.POLLOUT)
     sender.send(b"first", flags=zmq.NOBLOCK)
     assert receive(beacon) == [b"first"]
 
@@ -174,7 +179,7 @@ def test_the_queue_to_a_beacon_that_does_not_read_is_bounded(context: OwningCont
     while sender.poll(0, zmq.POLLOUT):
         sender.send(b"beat", flags=zmq.NOBLOCK)
         num_queued += 1
-    assert num_queued <= HEARTBEAT_HWM + beacon.get(zmq.RCVHWM)
+    assert num_queued <= HEARTBEAT_HWM + int(beacon.get(zmq.RCVHWM))
 
 
 async def test_an_asyncio_context_gives_sockets_to_await(directory: str) -> None:

@@ -109,7 +109,9 @@ def damaged(draw: st.DrawFn) -> bytes:
     """A right message with one thing in it, at any depth, replaced, dropped or added."""
     whole = msgpack.unpackb(encode(draw(from_api_server | from_engine)))
     row: list[Any] = whole
-    while (inner := [item for item in row if isinstance(item, list) and item]) and draw(st.booleans()):
+    while inner := [item for item in row if isinstance(item, list) and item]:
+        if not draw(st.booleans()):
+            break
         row = draw(st.sampled_from(inner))
     index = draw(st.integers(0, len(row) - 1))
     match draw(st.sampled_from(("replace", "drop", "add"))):

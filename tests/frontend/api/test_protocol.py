@@ -245,7 +245,7 @@ def test_a_prompt_that_fills_the_context_is_refused():
 
 
 def test_every_parameter_reaches_the_engine():
-    asked = {
+    asked: dict[str, Any] = {
         "max_tokens": 9,
         "min_tokens": 2,
         "temperature": 0.5,
