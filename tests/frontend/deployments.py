@@ -15,7 +15,6 @@ import zmq
 import zmq.asyncio
 from aiohttp import ClientSession, ClientTimeout
 from aiohttp.test_utils import TestServer
-from prometheus_client.parser import text_string_to_metric_families
 
 from engine import wire
 from engine.wire import Finish, Hello, Output, Outputs, Start, Submit
@@ -32,6 +31,7 @@ from metrics.layout import Layout, Shape, build_layout
 from metrics.snapshot import Heartbeat, Snapshot, decode_to_beacon, encode
 from metrics.tally import Tally
 from tests.contexts import OwningContext
+from tests.e2e.harness import Samples, parse
 from tests.frontend.small_tokenizers import byte_level_tokenizer
 
 FACTS = Facts(
@@ -187,19 +187,6 @@ class FakeBeacon:
                     self.granter.on_heartbeat(message, time.monotonic())
                 else:
                     self.granter.on_resign(message, time.monotonic())
-
-
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def parse(text: str) -> Samples:
-    samples: Samples = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            key = (sample.name, frozenset(sample.labels.items()))
-            assert key not in samples, f"series twice: {key}"
-            samples[key] = sample.value
-    return samples
 
 
 def total(samples: Samples, name: str, **labels: str) -> float | None:
