@@ -52,7 +52,7 @@ ONLY_IN = {
     "aiohttp": ("frontend",),
     "gguf": ("engine.device.weights.gguf_file",),
     "grafana_foundation_sdk": ("metrics.dashboards.panels",),
-    "jinja2": ("frontend.text.chat_template",),
+    "jinja2": ("frontend.text",),
     "llvmlite": ("engine.device.kernels",),
     "msgpack": ("engine.loop", "engine.wire", "metrics.snapshot"),
     "numba": ("engine.device.kernels",),

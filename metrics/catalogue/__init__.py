@@ -18,6 +18,7 @@ from metrics.catalogue.engine import ENGINE_METRICS
 from metrics.catalogue.metric import (
     API_SERVER,
     AUDIT_LAWS,
+    BULKHEADS,
     ENDED_REASONS,
     ENGINE,
     FINISHED_REASONS,
@@ -43,6 +44,7 @@ __all__ = [
     "API_SERVER",
     "AUDIT_LAWS",
     "BUCKETS",
+    "BULKHEADS",
     "ENDED_REASONS",
     "ENGINE",
     "FINE_LATENCY",
