@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import zmq
 
-from engine.wire import DEPLOYMENT_TOPIC, Deployment, DeploymentError, decode_deployment
+from engine.wire import DEPLOYMENT_TOPIC, Deployment, WireError, decode_deployment, deployment_endpoint
 from frontend.sockets import Messages, SocketReader
 from metrics import broadcast
 
@@ -25,7 +25,7 @@ class DeploymentView:
         self.table: Deployment | None = None
         self.num_rejected = 0
         self._callbacks: list[Callable[[Deployment], None]] = []
-        socket = broadcast.make_subscriber(context, [broadcast.deployment_endpoint(directory)], [DEPLOYMENT_TOPIC])
+        socket = broadcast.make_subscriber(context, [deployment_endpoint(directory)], [DEPLOYMENT_TOPIC])
         self._reader = SocketReader(socket, self._on_messages)
 
     def subscribe(self, callback: Callable[[Deployment], None]) -> Callable[[], None]:
@@ -43,7 +43,7 @@ class DeploymentView:
         for parts in messages:
             try:
                 table = decode_deployment(parts[-1])
-            except DeploymentError as error:
+            except WireError as error:
                 self._on_rejected(error)
                 continue
             if self.table is None or table.version >= self.table.version:
@@ -52,7 +52,7 @@ class DeploymentView:
             for callback in list(self._callbacks):
                 callback(self.table)
 
-    def _on_rejected(self, error: DeploymentError) -> None:
+    def _on_rejected(self, error: WireError) -> None:
         if self.num_rejected == 0:
             log.error("event=wire_rejected kind=deployment error=%r further=counted_only", str(error))
         self.num_rejected += 1

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from engine.bounds import default, limits
+from engine.wire.codec import WIRE_VERSION, WireError, encode
 from engine.wire.deployment import (
     DEPLOYMENT_TOPIC,
     Alive,
     Deployment,
-    DeploymentError,
     Facts,
     Failed,
     ProcessEntry,
     Ready,
     Report,
     decode_deployment,
-    encode_deployment,
+    deployment_endpoint,
 )
 from engine.wire.lifeline import Lifeline, make_lifeline, read_reports
 from engine.wire.messages import (
@@ -26,24 +27,25 @@ from engine.wire.messages import (
     Outputs,
     Start,
     Submit,
-    WireError,
     decode_from_api_server,
     decode_from_engine,
-    encode,
     identity,
     parse_identity,
     work_endpoint,
 )
-from engine.wire.sampling import MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from engine.wire.sampling import MAX_BIAS, MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from engine.wire.start import EngineConfig, ServerConfig, decode_engine_config, decode_server_config
 
 __all__ = [
     "DEPLOYMENT_TOPIC",
     "FINISH_REASONS",
+    "MAX_BIAS",
     "MAX_LOGPROBS",
+    "WIRE_VERSION",
     "Abort",
     "Alive",
     "Deployment",
-    "DeploymentError",
+    "EngineConfig",
     "Facts",
     "Failed",
     "Finish",
@@ -56,16 +58,21 @@ __all__ = [
     "Ready",
     "Report",
     "SamplingParams",
+    "ServerConfig",
     "Start",
     "Submit",
     "TokenLogprobs",
     "WireError",
     "decode_deployment",
+    "decode_engine_config",
     "decode_from_api_server",
     "decode_from_engine",
+    "decode_server_config",
+    "default",
+    "deployment_endpoint",
     "encode",
-    "encode_deployment",
     "identity",
+    "limits",
     "make_lifeline",
     "parse_identity",
     "read_reports",
