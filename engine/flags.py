@@ -102,10 +102,6 @@ def _model(named: str | None) -> tuple[Path, str]:
             raise FlagError(str(error)) from error
     path = Path(named).absolute()
     try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise FlagError(f"--model {named!r}: a path that is not UTF-8") from error
-    try:
         if path.is_dir():
             if not (path / "config.json").is_file():
                 raise FlagError(f"--model {named}: no config.json in this directory")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -56,9 +57,9 @@ def named(name: str) -> Callable[[Callable[[str], Any]], Callable[[str], Any]]:
     return name_it
 
 
-@named("text")
+@named("UTF-8 text")
 def text(value: str) -> str:
-    """What can go on: bytes that are no UTF-8 cannot."""
+    """Text that can be sent on: bytes that are not UTF-8 cannot."""
     value.encode()
     return value
 
@@ -104,7 +105,7 @@ def _number(kind: Callable[[str], float], unit: str, metas: list[Meta]) -> Calla
     low = max((meta.ge for meta in metas if meta.ge is not None), default=-math.inf)
     high = min((meta.le for meta in metas if meta.le is not None), default=math.inf)
 
-    @named(f"{unit} from {low:g}" + ("" if high == math.inf else f" to {high:g}"))
+    @named(f"{unit} from {low:g}" + ("" if high >= sys.float_info.max else f" to {high:g}"))
     def number(value: str) -> float:
         found = kind(value)
         if not (math.isfinite(found) and low <= found <= high):

@@ -77,7 +77,7 @@ class Output(NamedTuple):
     token_ids: list[Count]
     logprobs: list[TokenLogprobs] | None
     finish: Finish | None
-    start: Start | None = None
+    start: Start | None
 
 
 @dataclass(frozen=True, slots=True)
