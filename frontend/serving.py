@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import zmq
 
-from engine.wire import Facts, ServerConfig
+from engine.wire import Facts, HttpConfig, ServerConfig
 from frontend.api import Clients, OpenAIService
 from frontend.counters import Bulkhead, GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
@@ -62,10 +62,7 @@ class Serving:
         self.group = GroupCommit(self._commit, lambda error: self._bulkhead.caught("commit", error))
         self.group.now()
         self._admission = Admission(
-            Limits(
-                max_num_queued_reqs=config.http.max_num_queued_reqs,
-                max_num_queued_tokens=config.http.max_num_queued_tokens,
-            ),
+            _limits(config.http),
             own=self._own_in_flight,
             others=self._others_in_flight,
             on_rejected=self._on_rejected,
@@ -181,6 +178,10 @@ class Serving:
     def _on_rejected(self, limit: str) -> None:
         self.record.rejected(limit)
         self.group.soon()
+
+
+def _limits(http: HttpConfig) -> Limits:
+    return Limits(max_num_queued_reqs=http.max_num_queued_reqs, max_num_queued_tokens=http.max_num_queued_tokens)
 
 
 def _telemetry(config: ServerConfig) -> Telemetry | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.bounds import default, limits
+from engine.config import HttpConfig
 from engine.wire.codec import WIRE_VERSION, WireError, encode
 from engine.wire.deployment import (
     DEPLOYMENT_TOPIC,
@@ -51,6 +52,7 @@ __all__ = [
     "Finish",
     "Goodbye",
     "Hello",
+    "HttpConfig",
     "Lifeline",
     "Output",
     "Outputs",

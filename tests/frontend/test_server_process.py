@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgpack
 import psutil
 import pytest
 import zmq
 
 from engine import wire
-from engine.wire import Hello
+from engine.wire import WIRE_VERSION, Hello
 from engine.wire.deployment import DEPLOYMENT_TOPIC, Alive, Facts, Failed, Ready, decode_report, deployment_endpoint
 from metrics import broadcast
 from metrics.catalogue import API_SERVER, ENGINE
@@ -184,14 +185,16 @@ async def test_it_ends_at_once_when_its_supervisor_does(parent: Parent):
 
 
 async def test_a_model_without_a_tokenizer_is_reported_as_a_failure_that_stays(parent: Parent):
-    parent.spawn(model_path="/nowhere")
+    parent.spawn(path="/nowhere")
     assert "/nowhere" in (await parent.report(Failed)).message
     assert await parent.exit_code() == 1
 
 
 def test_a_configuration_that_cannot_be_read_is_one_line_and_exit_code_2():
     command = [sys.executable, "-m", "frontend.server", "--config-fd", "0"]
-    done = subprocess.run(command, input="{}", capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        command, input=msgpack.packb([WIRE_VERSION, "serverconfig", {}]), capture_output=True, cwd=ROOT
+    )
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "fields missing" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert b"missing required field" in done.stderr
