@@ -50,7 +50,10 @@ class ModelConfig:
         Flag("hold and multiply the matrices as int8, on a CPU: faster, a little less exact (default: no)"),
     ] = None
     max_model_len: Annotated[Positive | None, Flag("longest context, in tokens (default: the model's)")] = None
-    seed: Annotated[Count, Flag("seed of requests that bring none (default: %(default)s)")] = 0
+    seed: Annotated[
+        Count | None,
+        Flag("fixes what requests without a seed draw, for each engine's each start (default: at random)"),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

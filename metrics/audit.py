@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m metrics.audit", description="Check the laws of METRICS live.")
+    parser = argparse.ArgumentParser(prog="python -m metrics.audit", description="Check a live deployment's laws.")
     parser.add_argument("--url", required=True, help="the deployment's public address, e.g. http://127.0.0.1:8000")
     parser.add_argument("--wait", type=_seconds, default=10.0, help="seconds to wait until it is idle (default 10)")
     parser.add_argument(

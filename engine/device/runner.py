@@ -51,7 +51,7 @@ class TorchRunner:
         self.block_size = kv_caches.shape[2]
         self.max_model_len = max_model_len
         self.vocab_size = model.spec.vocab_size
-        self.eos_token_ids = model.spec.eos_token_ids
+        self.eos_token_ids = sampler.eos_token_ids
         self.cache_dtype = str(kv_caches.dtype).removeprefix("torch.")
         self.suited_budget = _SUITED_BUDGET[self._device.type]
 
@@ -107,7 +107,10 @@ class TorchRunner:
         progress(
             f"KV cache: {num_blocks} blocks of {cache.block_size} tokens, {num_blocks * block_bytes / _GIB:.2f} GiB"
         )
-        sampler = Sampler(decoder.head, seed=model.seed, eos_token_ids=spec.eos_token_ids)
+        known_ends = frozenset(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
+        if known_ends != spec.eos_token_ids:
+            progress(f"end tokens {sorted(spec.eos_token_ids - known_ends)} are beyond the vocabulary: ignored")
+        sampler = Sampler(decoder.head, seed=model.seed or 0, eos_token_ids=known_ends)
         runner = cls(decoder, kernels, kv_caches, sampler, max_model_len=max_model_len)
         progress("computing first batches; on a first start that compiles kernels, for some seconds")
         runner._warm_up()

@@ -30,6 +30,7 @@ class EngineCore:
         "_incarnation",
         "_next_sequence_id",
         "_on_fault",
+        "_on_sampling_fault",
         "_pending",
         "_recorder",
         "_runner",
@@ -49,6 +50,7 @@ class EngineCore:
         iteration_log: Callable[[Batch], None] | None = None,
         on_iteration: Callable[[dict[str, Any]], None] | None = None,
         on_fault: Callable[[Exception], None] | None = None,
+        on_sampling_fault: Callable[[str], None] = lambda fault: None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -56,6 +58,7 @@ class EngineCore:
         self._clock = clock
         self._incarnation = incarnation
         self._on_fault = on_fault  # told of a fault of the record, after it was caught and counted
+        self._on_sampling_fault = on_sampling_fault  # told why a sequence has no next token, for the log
         self._next_sequence_id = 0
         self._by_request: dict[ApiServer, dict[int, RequestState]] = {}  # unfinished, by the sender's own id
         self._pending: dict[ApiServer, list[Output]] = {}  # refusals, for the next step
@@ -154,10 +157,11 @@ class EngineCore:
         sampled: Sequence[SampledToken],
         outputs: dict[ApiServer, list[Output]],
     ) -> None:
-        """One output for each sampled token, by API server, counted as sent; ended sequences are forgotten."""
-        num_refused = {server: len(rows) for server, rows in outputs.items()}
+        """One output for each sampled token or fault, by API server, tokens counted as sent; ended sequences are
+        forgotten."""
+        num_without_token = {server: len(rows) for server, rows in outputs.items()}
         ended = []
-        for request, (token_id, logprobs) in zip(stepped, sampled, strict=True):
+        for request, (token_id, logprobs, fault) in zip(stepped, sampled, strict=True):
             finish = start = None
             if request.finish_reason is not None:
                 finish = _finish(request)
@@ -170,12 +174,16 @@ class EngineCore:
             rows = None if logprobs is None else [logprobs]
             output = Output(request.request_id, first_index, [token_id], rows, finish, start)
             server = request.api_server
+            if fault is not None:
+                output = Output(request.request_id, first_index + 1, [], None, finish, start)
+                num_without_token[server] = num_without_token.get(server, 0) + 1
+                self._on_sampling_fault(fault)
             if server in outputs:
                 outputs[server].append(output)
             else:
                 outputs[server] = [output]
         for server, made in outputs.items():
-            self._recorder.sent(server[0], len(made) - num_refused.get(server, 0))
+            self._recorder.sent(server[0], len(made) - num_without_token.get(server, 0))
         if ended:
             self._runner.release(ended)
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import hashlib
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final, Protocol
 
 import setproctitle
@@ -67,7 +70,7 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
     facts = config.facts
     try:
         return TorchRunner.load(
-            config.model,
+            replace(config.model, seed=own_seed(config)),
             config.cache,
             config.scheduler,
             max_model_len_fixed=None if facts is None else facts.max_model_len,
@@ -80,6 +83,14 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
         raise CannotServeError(str(error)) from error
     except MemoryError as error:
         raise CannotServeError(f"{config.model.path}: not enough memory: {error}") from error
+
+
+def own_seed(config: EngineConfig) -> int:
+    """The seed of this engine incarnation's unseeded samples: no two share one, else they would draw alike."""
+    if config.model.seed is None:
+        return secrets.randbits(64)
+    key = f"{config.model.seed} {config.index} {config.incarnation}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 def _chosen_threads() -> int | None:
@@ -172,6 +183,7 @@ def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, fau
         incarnation=config.incarnation,
         iteration_log=_log_iteration if config.stats.log_iteration_details else None,
         on_fault=lambda fault: faults.log("bulkhead", "record", fault),
+        on_sampling_fault=lambda fault: faults.log("sequence_fault", "sampling", RuntimeError(fault)),
     )
 
 

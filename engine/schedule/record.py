@@ -44,6 +44,7 @@ COUNTERS: Final[Mapping[str, Callable[[IterationCounts], float]]] = {
     "vllm:prompt_tokens_cached_total": lambda c: c.num_completed_cached_tokens,
     "wholebatch:prompt_tokens_computed_total": lambda c: c.num_prompt_tokens_computed,
     "wholebatch:recomputed_tokens_total": lambda c: c.num_recomputed_tokens,
+    "wholebatch:sampling_faults_total": lambda c: c.num_sampling_faults,
 }
 
 

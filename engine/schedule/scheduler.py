@@ -269,7 +269,7 @@ class Scheduler:
 
     def update(self, batch: Batch, sampled: Sequence[SampledToken], now: float) -> list[RequestState]:
         """Book what ran: positions are computed, sampled tokens appended, what is complete ended. The request of each
-        sampled token, in the batch's order; its `finish_reason` says whether the token was its last."""
+        sampled token or fault, in the batch's order; its `finish_reason` says whether it has ended with that."""
         assert batch is self._in_flight, "update what was scheduled last"
         self._in_flight = None
         block_size, caches = self._pool.block_size, self._pool.caches
@@ -285,18 +285,24 @@ class Scheduler:
                 self._cache_blocks(request, start // block_size, computed // block_size)
             if computed < len(request.token_ids):
                 continue
-            token_id = sampled[len(stepped)].token_id
+            token_id, _, fault = sampled[len(stepped)]
             if computed == request.num_prompt_tokens:
                 self._note_first_token(request, batch.counts, now)
+            stepped.append(request)
+            if fault is not None:
+                request.message = fault
+                self._end(request, "error")
+                batch.counts.num_sampling_faults += 1
+                has_ended = True
+                continue
             request.token_ids.append(token_id)
             request.last_token_at = now
-            stepped.append(request)
             if (computed + 1 >= request.length_limit or token_id in request.end_token_ids) and self._is_complete(
                 request, token_id
             ):
                 has_ended = True
         assert len(stepped) == len(sampled), f"{len(sampled)} tokens sampled for {len(stepped)} sequences"
-        batch.counts.num_generated_tokens = len(stepped)
+        batch.counts.num_generated_tokens = len(stepped) - batch.counts.num_sampling_faults
         if has_ended:
             self._running = [request for request in self._running if request.finish_reason is None]
         return stepped

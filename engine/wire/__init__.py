@@ -1,4 +1,8 @@
-"""The contract between processes: messages, the deployment table, reports, and what a child is told at its start."""
+"""The contract between processes: messages, the deployment table, reports, and what a child is told at its start.
+
+Street: work. It is all of the engine that `frontend` may import. Whatever comes from another process is checked where
+it is decoded; what does not fit raises `WireError`, and the receiver counts it and drops it.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +38,13 @@ from engine.wire.messages import (
     parse_identity,
     work_endpoint,
 )
-from engine.wire.sampling import MAX_BIAS, MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from engine.wire.sampling import LEAST_TEMPERATURE, MAX_BIAS, MAX_LOGPROBS, SamplingParams, TokenLogprobs
 from engine.wire.start import EngineConfig, ServerConfig, decode_engine_config, decode_server_config
 
 __all__ = [
     "DEPLOYMENT_TOPIC",
     "FINISH_REASONS",
+    "LEAST_TEMPERATURE",
     "MAX_BIAS",
     "MAX_LOGPROBS",
     "WIRE_VERSION",

@@ -15,6 +15,9 @@ from engine.bounds import Count, Finite
 
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
+# What float32 can compute with, whatever a model's (finite) logits are. Lower temperatures are raised to the least, as
+# vLLM does; 0 stays greedy.
+LEAST_TEMPERATURE = 0.01
 
 
 class TokenLogprobs(NamedTuple):
@@ -29,7 +32,8 @@ class TokenLogprobs(NamedTuple):
 class SamplingParams:
     """One sequence's sampling parameters; names and defaults are OpenAI's and vLLM's.
 
-    `temperature` 0 is greedy. `top_k` 0 means no limit. `seed` None lets the engine draw one.
+    `temperature` 0 is greedy; between 0 and LEAST_TEMPERATURE it counts as that. `top_k` 0 means no limit. `seed` None
+    lets the engine draw one.
     `logit_bias` is (token id, bias) pairs. `logprobs` is how many alternatives to report beside the sampled
     token (0: only the sampled token's own), None for none.
     """
@@ -40,7 +44,7 @@ class SamplingParams:
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None

@@ -93,6 +93,9 @@ class _Model(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
+AT_RANDOM: Final = -1  # a seed that asks for none, as many clients say it
+
+
 class StreamOptions(_Model):
     """`include_usage`: one last chunk that says how many tokens there were."""
 
@@ -188,7 +191,7 @@ class GenerationRequest(_Model):
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            seed=self.seed,
+            seed=None if self.seed == AT_RANDOM else self.seed,
             logit_bias=tuple(self.logit_bias.items()),
             logprobs=self.wanted_logprobs,
             stop_token_ids=tuple(dict.fromkeys(self.stop_token_ids)),

@@ -1,4 +1,7 @@
-"""What one API server counts of its own requests, and when that is committed."""
+"""What one API server counts of its own requests, and when that is committed.
+
+Street: truth. Counts go into the server's tally; nothing is handed to a client before the commit that counts it (P4).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What processes keep in mapped files: tallies, exemplars, held snapshots."""
+"""What processes keep in mapped files: tallies, exemplars, held snapshots.
+
+Street: truth. A file has one writer, any number of readers and no lock, and is one size from its start (P9). What is
+half written, because its writer was killed, has a wrong checksum and is not read.
+"""
 
 from __future__ import annotations
 

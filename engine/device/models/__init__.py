@@ -1,4 +1,8 @@
-"""Models: what is computed between a batch's token ids and its logits."""
+"""The models: what is computed between a batch's token ids and its logits.
+
+Street: work. A model is plain functions of tensors, built from a `ModelSpec`; it knows no file format
+and chooses no kernel.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Reading models from files: what a model is (`spec`) and its tensors, whatever format they are in."""
+"""Models read from files: what a model is (`spec`), and its tensors, whatever format they are in.
+
+Street: work. A file that asks for what no `ModelSpec` can describe is refused here, with a `ModelError` that says why.
+"""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ BEYOND = {  # of every parameter that has bounds
     "top_p": (0.0, 1.1, float("nan")),
     "top_k": (-1, 2**31),
     "min_p": (-0.1, 1.1, float("nan")),
-    "repetition_penalty": (0.0, 100.1, float("inf"), float("nan")),
+    "repetition_penalty": (0.0, 0.009, 100.1, float("inf"), float("nan")),
     "presence_penalty": (-2.1, 2.1, float("nan")),
     "frequency_penalty": (-2.1, 2.1, float("nan")),
     "seed": (2**63, 1.5, True),
