@@ -10,11 +10,12 @@ arrays. Measured: 256 outputs of one token are decoded in 0.12 ms, with checks w
 
 from __future__ import annotations
 
+import functools
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
 from dataclasses import is_dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, get_args, get_type_hints
 
 import msgpack
 import msgspec
@@ -32,17 +33,22 @@ class WireError(ValueError):
 
 def kinds(*classes: type) -> Mapping[str, type]:
     """What one receiver accepts, by the name of the kind."""
-    return {kind.__name__.lower(): kind for kind in classes}
+    return {_kind(one): one for one in classes}
+
+
+@functools.cache
+def _kind(one: type) -> str:
+    return one.__name__.lower()
 
 
 def encode(message: Any) -> bytes:
     """One message, table, report or configuration as bytes."""
-    packed: bytes = msgpack.packb([WIRE_VERSION, type(message).__name__.lower(), message], default=_by_name)
+    packed: bytes = msgpack.packb([WIRE_VERSION, _kind(message.__class__), message], default=_by_name)
     return packed
 
 
 def _by_name(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    return {name: getattr(value, name) for name in _declared(value.__class__).names}
 
 
 def decode(raw: bytes, accepted: Mapping[str, type]) -> Any:
@@ -73,28 +79,45 @@ def _fail(what: str, value: object) -> WireError:
 
 
 def _complaint(error: msgspec.ValidationError, body: Any) -> str:
-    """msgspec's text ends with the place, and does not show what is there."""
+    """msgspec's text ends with the place, and does not show the value that is there."""
     what, _, path = str(error).partition(" - at `$")
     try:
         for name, index in _STEP.findall(path):
             body = body[name or int(index)]
-        shown = f", not {reprlib.repr(body)}"
     except (LookupError, TypeError):
-        shown = ""
+        body = {}
+    shown = "" if isinstance(body, dict | list) else f", not {reprlib.repr(body)}"  # a whole may hold a secret
     place = path.strip("`.")
     return f"{f'{place}: ' if place else ''}{what[:MAX_COMPLAINT_CHARS]}{shown[:MAX_COMPLAINT_CHARS]}"
+
+
+class _Declared(NamedTuple):
+    """A dataclass's field names, and which of the fields hold dataclasses in turn."""
+
+    names: KeysView[str]
+    nested: tuple[str, ...]
+
+
+@functools.cache
+def _declared(kind: type) -> _Declared:
+    hints = get_type_hints(kind)
+    return _Declared(hints.keys(), tuple(name for name, hint in hints.items() if _holds_dataclass(hint)))
+
+
+def _holds_dataclass(hint: Any) -> bool:
+    return is_dataclass(hint) or any(map(_holds_dataclass, get_args(hint)))
 
 
 def _check_names(raw: Any, found: Any, place: str) -> None:
     """Raise WireError unless every field is there and no other: msgspec passes over names that a dataclass does not
     have, and over those that have a default."""
-    if is_dataclass(found):
-        names = found.__dataclass_fields__.keys()
+    if type(found) is tuple:
+        for number, (inner, one) in enumerate(zip(raw, found, strict=True)):
+            _check_names(inner, one, f"{place}[{number}]")
+    elif found is not None:
+        names, nested = _declared(found.__class__)
         if raw.keys() != names:
             wrong = sorted(map(str, raw.keys() ^ names))
             raise WireError(f"{place}: fields missing or unknown: {str(wrong)[:MAX_COMPLAINT_CHARS]}")
-        for name in names:
+        for name in nested:
             _check_names(raw[name], getattr(found, name), f"{place}.{name}")
-    elif type(found) is tuple:
-        for number, (inner, one) in enumerate(zip(raw, found, strict=True)):
-            _check_names(inner, one, f"{place}[{number}]")

@@ -233,7 +233,7 @@ def test_every_parameter_has_a_value_beyond_its_bounds():
 def test_a_parameter_out_of_range_is_refused_by_name(name, value):
     message = msgpack.unpackb(encode(Submit(1, 1, [1], SamplingParams(max_tokens=1))))
     message[2]["sampling"][name] = value
-    with pytest.raises(WireError, match=rf"submit: sampling\.{name}\b.*not "):
+    with pytest.raises(WireError, match=rf"submit: sampling\.{name}\b"):
         decode_from_api_server(msgpack.packb(message))
 
 

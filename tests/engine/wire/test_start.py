@@ -194,3 +194,10 @@ def test_a_key_is_not_shown_with_its_configuration():
 def test_every_child_makes_the_same_shape_of_the_operators_choice():
     assert ENGINE.shape(128) == SERVER.shape(128)
     assert SERVER.shape(128).bucket_overrides == (("itl", (0.1, 0.2)),)
+
+
+@pytest.mark.parametrize("place", ["http", "model", "surprise"])
+def test_a_complaint_about_a_whole_does_not_show_what_it_holds(place: str):
+    with pytest.raises(WireError) as refused:
+        decode_server_config(sent(SERVER, place, {"api_keys": ["secret"]}))
+    assert "secret" not in str(refused.value)
