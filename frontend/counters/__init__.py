@@ -5,7 +5,6 @@ Street: truth. Counts go into the server's tally; nothing is handed to a client 
 
 from __future__ import annotations
 
-from frontend.counters.bulkhead import Bulkhead
 from frontend.counters.group_commit import GroupCommit, Party
 from frontend.counters.request_record import (
     OBSERVED_REASONS,
@@ -19,7 +18,6 @@ from frontend.counters.request_record import (
 __all__ = [
     "OBSERVED_REASONS",
     "REASON_ORDER",
-    "Bulkhead",
     "EngineRecord",
     "EngineTimes",
     "FinishedRequest",
