@@ -54,6 +54,7 @@ ONLY_IN = {
     "grafana_foundation_sdk": ("metrics.dashboards.panels",),
     "jinja2": ("frontend.text",),
     "llvmlite": ("engine.device.kernels",),
+    "msgspec": ("engine.bounds", "engine.config", "engine.options", "engine.wire"),
     "msgpack": ("engine.loop", "engine.wire", "metrics.snapshot"),
     "numba": ("engine.device.kernels",),
     "numpy": ("engine.device", "engine.supervisor.auditor", "frontend.scrape", "metrics"),

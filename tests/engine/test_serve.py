@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from engine import default_model
-from engine.config import DeploymentConfig
-from engine.flags import API_KEY_VARIABLE, FlagError, parse
+from engine.config import API_KEY_VARIABLE, DeploymentConfig, Patience
+from engine.flags import FlagError, parse
 from engine.supervisor.supervisor import ListenError, listen
 from tests.tiny_models import write_tiny_llama
 
@@ -36,13 +36,13 @@ def parsed(model: Path, *flags: str, key: str | None = None) -> DeploymentConfig
 
 def test_defaults_are_vllms(model: Path):
     config = parsed(model)
-    assert (config.num_engines, config.num_api_servers, config.port) == (1, 1, 8000)
+    assert (config.num_engines, config.num_api_servers, config.http.port) == (1, 1, 8000)
     assert (config.scheduler.max_num_seqs, config.cache.block_size) == (256, 16)
     assert config.cache.enable_prefix_caching
     assert config.scheduler.enable_chunked_prefill
-    assert config.served_model_names == ("tiny",)
+    assert config.model.served_model_names == ("tiny",)
     assert config.stats.log_stats
-    assert config.api_keys == ()
+    assert config.http.api_keys == ()
 
 
 def test_there_are_as_many_api_servers_as_engines_unless_said_otherwise(model: Path):
@@ -63,15 +63,15 @@ def test_every_flag_reaches_its_configuration(model: Path):
         *("--long-prefill-token-threshold", "16", "--enable-logging-iteration-details", "--api-key", "k1", "k2"),
         key="k3",
     )
-    assert config.served_model_names == ("a", "b")
-    assert (config.host, config.port, config.api_keys) == ("::1", 0, ("k1", "k2", "k3"))
+    assert config.model.served_model_names == ("a", "b")
+    assert (config.http.host, config.http.port, config.http.api_keys) == ("::1", 0, ("k1", "k2", "k3"))
     assert (config.model.max_model_len, config.model.dtype, config.model.seed) == (128, "float32", 7)
     assert config.model.quantization == "int8"
     assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (4, 32)
     assert (config.scheduler.enable_chunked_prefill, config.scheduler.long_prefill_token_threshold) == (False, 16)
     assert (config.cache.num_gpu_blocks_override, config.cache.kv_cache_memory_bytes) == (9, 2**31)
     assert not config.cache.enable_prefix_caching
-    assert (config.drain_timeout_s, config.freeze_timeout_s, config.stats.stall_timeout_s) == (3, 4, 5)
+    assert config.patience == Patience(drain_timeout_s=3, freeze_timeout_s=4, stall_timeout_s=5)
     assert (config.stats.log_stats, config.stats.log_iteration_details) == (False, True)
     assert dict(config.stats.bucket_overrides)["iteration_tokens"] == (1.0, 64.0)
     assert dict(config.stats.bucket_overrides)["latency"][0] < 0.3
@@ -145,8 +145,8 @@ def test_a_directory_whose_name_is_no_name_needs_another(tmp_path: Path):
     write_tiny_llama(directory)
     with pytest.raises(FlagError, match="--served-model-name"):
         parsed(directory)
-    assert parsed(directory, "--served-model-name", "x").served_model_names == ("x",)
-    with pytest.raises(FlagError, match="not UTF-8"):
+    assert parsed(directory, "--served-model-name", "x").model.served_model_names == ("x",)
+    with pytest.raises(FlagError, match="--model: invalid UTF-8 text"):
         parsed(tmp_path / "\udcff")
 
 
@@ -233,18 +233,19 @@ def test_help_names_vllms_flags():
 
 
 STUB = """
-import signal, sys, time, argparse, os, json
+import signal, sys, time, argparse, os
+import msgpack
 from engine.wire.deployment import Facts, Ready
 from engine.wire.lifeline import Lifeline
 parser = argparse.ArgumentParser()
 parser.add_argument("--config-fd", type=int)
-with os.fdopen(parser.parse_args().config_fd) as file:
-    config = json.load(file)
+with os.fdopen(parser.parse_args().config_fd, "rb") as file:
+    _, kind, config = msgpack.unpackb(file.read())
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 facts = Facts(model_name="tiny", max_model_len=64, vocab_size=300, block_size=16, num_gpu_blocks=8,
               cache_dtype="float32", enable_prefix_caching=True)
 lifeline = Lifeline(config["lifeline_fd"])
-lifeline.report(Ready(facts=facts if "cache" in config else None))
+lifeline.report(Ready(facts=facts if kind == "engineconfig" else None))
 while not lifeline.is_severed():
     time.sleep(0.05)
 """

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from engine.wire.deployment import DEPLOYMENT_TOPIC, encode_deployment
+from engine import wire
+from engine.wire import DEPLOYMENT_TOPIC, deployment_endpoint
 from frontend.deployment_view import DeploymentView
 from metrics import broadcast
 from metrics.catalogue import ENGINE
@@ -17,7 +18,7 @@ from tests.frontend.deployments import make_table, until
 
 class Supervisor:
     def __init__(self, context: OwningContext, directory: str) -> None:
-        self._publisher = broadcast.Publisher(context, broadcast.deployment_endpoint(directory))
+        self._publisher = broadcast.Publisher(context, deployment_endpoint(directory))
 
     async def join(self) -> None:
         await until(lambda: self._publisher.has_subscribers(DEPLOYMENT_TOPIC))
@@ -26,7 +27,7 @@ class Supervisor:
         assert self._publisher.publish(DEPLOYMENT_TOPIC, raw)
 
     def table(self, version: int, state: str) -> None:
-        self.publish(encode_deployment(make_table(version, (ENGINE, 0, 1, state))))
+        self.publish(wire.encode(make_table(version, (ENGINE, 0, 1, state))))
 
 
 @pytest.fixture

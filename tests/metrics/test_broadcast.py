@@ -22,7 +22,6 @@ from metrics.broadcast import (
     Publisher,
     bind_heartbeats,
     connect_heartbeats,
-    deployment_endpoint,
     heartbeat_endpoint,
     make_subscriber,
     snapshot_endpoint,
@@ -194,9 +193,7 @@ async def test_an_asyncio_context_gives_sockets_to_await(directory: str) -> None
         context.destroy(linger=0)
 
 
-@pytest.mark.parametrize(
-    "endpoint", [lambda d: snapshot_endpoint(d, 0), lambda d: heartbeat_endpoint(d, 0), deployment_endpoint]
-)
+@pytest.mark.parametrize("endpoint", [lambda d: snapshot_endpoint(d, 0), lambda d: heartbeat_endpoint(d, 0)])
 def test_a_path_too_long_for_a_socket_is_refused_by_name_and_length(endpoint: Callable[[str], str]) -> None:
     fits = "/" + "d" * (MAX_IPC_PATH_BYTES - len(endpoint("").removeprefix("ipc://")) - 1)
     assert len(endpoint(fits).removeprefix("ipc://")) == MAX_IPC_PATH_BYTES
@@ -205,10 +202,10 @@ def test_a_path_too_long_for_a_socket_is_refused_by_name_and_length(endpoint: Ca
 
 
 def test_the_longest_path_that_is_allowed_can_be_bound(context: OwningContext, directory: str) -> None:
-    padding = MAX_IPC_PATH_BYTES - len(deployment_endpoint(directory).removeprefix("ipc://")) - 1
+    padding = MAX_IPC_PATH_BYTES - len(snapshot_endpoint(directory, 0).removeprefix("ipc://")) - 1
     longest = Path(directory) / ("d" * padding)
     longest.mkdir()
-    Publisher(context, deployment_endpoint(str(longest))).close()
+    Publisher(context, snapshot_endpoint(str(longest), 0)).close()
 
 
 def test_an_endpoint_that_cannot_be_bound_is_named(context: OwningContext, directory: str) -> None:

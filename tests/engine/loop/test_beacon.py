@@ -10,8 +10,9 @@ import msgpack
 import pytest
 import zmq
 
+from engine import wire
 from engine.loop.beacon import Beacon, Shared
-from engine.wire.deployment import DEPLOYMENT_TOPIC, Alive, encode_deployment
+from engine.wire.deployment import DEPLOYMENT_TOPIC, Alive, deployment_endpoint
 from engine.wire.lifeline import Lifeline, make_lifeline, read_reports
 from metrics import broadcast
 from metrics.snapshot import NOWHERE, Heartbeat, Position, Resign, Snapshot, decode_snapshot, encode
@@ -47,7 +48,7 @@ class Air:
             on_orphaned=self._on_orphaned,
         )
         self.context = OwningContext()
-        self.tables = broadcast.Publisher(self.context, broadcast.deployment_endpoint(directory))
+        self.tables = broadcast.Publisher(self.context, deployment_endpoint(directory))
         self.beacon._open(self.context)
         self.snapshots = broadcast.make_subscriber(
             self.context, [broadcast.snapshot_endpoint(directory, 0)], [broadcast.TOPIC_TALLY]
@@ -195,7 +196,7 @@ def test_the_end_of_the_holder_moves_the_grant_at_once_and_is_handed_to_the_loop
     version = 0
     while air.shared.ended.empty():  # the subscription takes a moment
         version += 1
-        air.tables.publish(DEPLOYMENT_TOPIC, encode_deployment(table(version, (0, 1, "ready"), (1, 1, "ended"))))
+        air.tables.publish(DEPLOYMENT_TOPIC, wire.encode(table(version, (0, 1, "ready"), (1, 1, "ended"))))
         air.turn(0.0001)
         assert version < 2000
     new = air.snapshot()

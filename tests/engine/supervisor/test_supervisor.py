@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.config import Patience
 from engine.supervisor.policy import (
     DRAIN_MARGIN_S,
     ENGINE_END_S,
@@ -17,7 +18,6 @@ from engine.supervisor.policy import (
     Action,
     Exit,
     Kill,
-    Patience,
     Spawn,
     Supervision,
 )
