@@ -22,9 +22,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from engine.wire import Deployment
+from engine.wire import Deployment, ServerConfig
 from frontend import api
-from frontend.config import ServerConfig
 from frontend.deployment_view import DeploymentView
 from frontend.errors import ApiError, EngineUnavailable, NotFound, Unauthorized, error_middleware
 from frontend.routes import Handler, Route, mount, route_of, status_route
@@ -64,7 +63,7 @@ class State:
 
 def public_app(state: State) -> web.Application:
     """What clients and scrapers of the deployment use."""
-    middlewares = [_http_metrics(state), error_middleware, _authentication(state.config.api_keys)]
+    middlewares = [_http_metrics(state), error_middleware, _authentication(state.config.http.api_keys)]
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     mount(app, [*api.routes(lambda: state.ready().openai), *StatusRoutes(state).public()])
     app.on_response_prepare.append(_load_report(state))

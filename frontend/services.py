@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 import zmq
 
-from engine.wire import Facts
+from engine.wire import Facts, HttpConfig, ServerConfig
 from frontend.api import OpenAIService
-from frontend.config import ServerConfig
 from frontend.counters import GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
 from frontend.engines import Admission, Asked, EngineClients, Identity, InFlight, Limits, Observer
@@ -58,7 +57,7 @@ class Services:
         self.record = RequestRecord(self._store.tally, layouts[API_SERVER], config.num_engines, self._exemplify)
         self.record.close_books()
         self._bulkhead = Bulkhead(self.record.fault, log)
-        if config.log_stats:
+        if config.stats.log_stats:
             with self._bulkhead.around("record"):
                 path = exemplars_path(config.directory, API_SERVER, config.index)
                 self._exemplars = ExemplarStore(path, layouts[API_SERVER], time.time)
@@ -82,7 +81,7 @@ class Services:
             self.record,
             self._bulkhead,
             layouts[ENGINE],
-            lease_s=config.lease_s,
+            lease_s=config.stats.lease_s,
             num_api_servers=config.num_api_servers,
             on_load=self.clients.on_load,
         )
@@ -93,14 +92,14 @@ class Services:
             facts,
             self.exporter,
             lambda: view.table,
-            log_stats=config.log_stats,
+            log_stats=config.stats.log_stats,
             clock=boottime,
         )
         self.openai = OpenAIService(
             clients=self.clients,
             group=self.group,
             tokenizer=tokenizer,
-            served_model_names=config.served_model_names,
+            served_model_names=config.model.served_model_names,
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
         )
@@ -147,7 +146,7 @@ class Services:
 
     def _make_admission(self, config: ServerConfig) -> Admission:
         return Admission(
-            Limits(max_num_queued_reqs=config.max_num_queued_reqs, max_num_queued_tokens=config.max_num_queued_tokens),
+            _limits(config.http),
             own=self._own_in_flight,
             others=self._others_in_flight,
             on_rejected=self._on_rejected,
@@ -191,18 +190,22 @@ class Services:
         self.group.soon()
 
 
+def _limits(http: HttpConfig) -> Limits:
+    return Limits(max_num_queued_reqs=http.max_num_queued_reqs, max_num_queued_tokens=http.max_num_queued_tokens)
+
+
 def _telemetry(config: ServerConfig) -> Telemetry | None:
     """None where nobody asks for it: then OpenTelemetry is not even imported."""
-    if not config.is_traced:
+    if not config.stats.is_traced:
         return None
     from frontend.tracing.otlp import Telemetry
 
     return Telemetry(
         instance=f"{socket.gethostname()}:{config.port}/{API_SERVER}-{config.index}",
-        address=config.host,
+        address=config.http.host,
         port=config.port,
-        traces_endpoint=config.otlp_traces_endpoint,
-        metrics_endpoint=config.otlp_metrics_endpoint,
+        traces_endpoint=config.stats.otlp_traces_endpoint,
+        metrics_endpoint=config.stats.otlp_metrics_endpoint,
     )
 
 
@@ -212,7 +215,7 @@ def _open_store(config: ServerConfig, layouts: Layouts) -> TallyStore:
         layouts[API_SERVER],
         incarnation=config.incarnation,
         now_unix=time.time(),
-        gauges_only=not config.log_stats,
+        gauges_only=not config.stats.log_stats,
     )
     if store.set_aside is not None:
         log.error("event=tally_set_aside reason=%r", store.set_aside)

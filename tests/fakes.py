@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from engine import wire
 from engine.schedule.batch import Batch, SampledToken, ScheduledSequence
-from engine.wire import Finish, SamplingParams, Start, TokenLogprobs
+from engine.wire import Finish, SamplingParams, Start, Submit, TokenLogprobs
 from frontend.context import RequestContext
 from frontend.counters.group_commit import GroupCommit
 from frontend.engines import Asked
@@ -242,10 +243,13 @@ class FakeAsk:
     generation: FakeGeneration
 
 
+Script = Sequence[Sequence[FakeDelta] | Exception | None]  # what a generation plays
+
+
 class FakeClients:
     """Plays the next script for each request that is submitted; an exception in place of a script is raised."""
 
-    def __init__(self, *scripts: Sequence[Sequence[FakeDelta] | Exception | None] | Exception) -> None:
+    def __init__(self, *scripts: Script | Exception) -> None:
         self.scripts = list(scripts)
         self.log: list[str] = []
         self.group = fake_group(lambda: self.log.append("commit"))
@@ -253,7 +257,9 @@ class FakeClients:
         self.has_taken_all = asyncio.Event()
 
     def submit(self, prompt_token_ids: list[int], asked: Asked) -> FakeGeneration:
-        asked.sampling.check()
+        wire.decode_from_api_server(
+            wire.encode(Submit(0, 1, prompt_token_ids, asked.sampling, asked.priority))
+        )  # or it raises
         script = self.scripts.pop(0)
         if not self.scripts:
             self.has_taken_all.set()

@@ -32,7 +32,7 @@ from frontend.context import TRACE_HEADERS, RequestContext
 from frontend.counters import GroupCommit
 from frontend.engines import Asked
 from frontend.errors import ApiError, BadRequest, NotFound, error_body
-from frontend.routes import Route, route_of
+from frontend.routes import Handler, Route, route_of
 from frontend.text import ChatTemplateError, SequenceText, StopStrings, Tokenizer
 
 LONG_TEXT: Final = 20_000  # characters; longer ones are tokenised in a thread. Measured: 0.7 µs a character
@@ -310,11 +310,17 @@ def _heading(context: RequestContext, request: GenerationRequest) -> dict[str, A
 def routes(service: Callable[[], OpenAIService]) -> list[Route]:
     """`service` is asked at each request, and raises EngineUnavailable while no engine has said what it serves."""
 
+    def handler(handle: Callable[[OpenAIService, web.Request], Answering]) -> Handler:
+        async def answer(http: web.Request) -> web.StreamResponse:
+            return await handle(service(), http)
+
+        return answer
+
     def of_model(path: str, operation: str, handle: Callable[[OpenAIService, web.Request], Answering]) -> Route:
         return Route(
             method="POST",
             path=path,
-            handler=lambda http: handle(service(), http),
+            handler=handler(handle),
             label=path,
             operation=operation,
             needs_key=True,
@@ -322,7 +328,7 @@ def routes(service: Callable[[], OpenAIService]) -> list[Route]:
         )
 
     def of_models(path: str, handle: Callable[[OpenAIService, web.Request], Answering]) -> Route:
-        return Route(path=path, handler=lambda http: handle(service(), http), label="/v1/models", needs_key=True)
+        return Route(path=path, handler=handler(handle), label="/v1/models", needs_key=True)
 
     return [
         of_model("/v1/completions", "text_completion", OpenAIService.completions),

@@ -158,7 +158,6 @@ class EngineClients:
         *,
         admit: Callable[[int], None] = lambda n: None,
         observe: Callable[[Asked], Observer] | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._context = context
         self._directory = directory
@@ -167,7 +166,7 @@ class EngineClients:
         self._group = group
         self._admit = admit
         self._observe = observe
-        self._clock = clock
+        self._clock = time.monotonic
         self._is_closed = False
         self._request_ids = itertools.count(1)
         self._connections: list[EngineConnection | None] = [None] * len(record.engines)

@@ -277,7 +277,8 @@ async def test_a_waiter_that_is_cancelled_takes_nobody_with_it():
 
 
 async def test_a_commit_that_fails_is_reported_and_nobody_who_waits_learns_of_it():
-    commits, faults = Commits(), []
+    commits = Commits()
+    faults: list[str] = []
     commits.fails = True
     group = GroupCommit(commits, Bulkhead(faults.append, logging.getLogger(__name__)))
     await group.committed()
