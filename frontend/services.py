@@ -95,14 +95,7 @@ class Services:
             log_stats=config.stats.log_stats,
             clock=boottime,
         )
-        self.openai = OpenAIService(
-            clients=self.clients,
-            group=self.group,
-            tokenizer=tokenizer,
-            served_model_names=config.model.served_model_names,
-            max_model_len=facts.max_model_len,
-            vocab_size=facts.vocab_size,
-        )
+        self.openai = self._make_api(config, facts, tokenizer)
         self._process = ProcessMetrics(self._store.tally)
         self._housekeeping = asyncio.create_task(self._keep_house())
         self.pool = Pool(layouts[ENGINE], facts)
@@ -143,6 +136,16 @@ class Services:
     def _commit(self) -> None:
         self.record.flush()
         self._store.commit()
+
+    def _make_api(self, config: ServerConfig, facts: Facts, tokenizer: Tokenizer) -> OpenAIService:
+        return OpenAIService(
+            clients=self.clients,
+            group=self.group,
+            tokenizer=tokenizer,
+            served_model_names=config.model.served_model_names,
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+        )
 
     def _make_admission(self, config: ServerConfig) -> Admission:
         return Admission(

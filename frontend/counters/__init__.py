@@ -5,7 +5,7 @@ Street: truth. Counts go into the server's tally; nothing is handed to a client 
 
 from __future__ import annotations
 
-from frontend.counters.group_commit import GroupCommit, Party
+from frontend.counters.group_commit import GroupCommit
 from frontend.counters.request_record import (
     OBSERVED_REASONS,
     REASON_ORDER,
@@ -22,6 +22,5 @@ __all__ = [
     "EngineTimes",
     "FinishedRequest",
     "GroupCommit",
-    "Party",
     "RequestRecord",
 ]
