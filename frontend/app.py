@@ -27,6 +27,7 @@ from engine.wire import Deployment
 from frontend import tracing
 from frontend.api import add_routes
 from frontend.config import ServerConfig
+from frontend.counters import UNROUTED
 from frontend.deployment_view import DeploymentView
 from frontend.errors import EngineUnavailable, NotFound, Unauthorized, error_middleware
 from frontend.scrape import OWN_PATH, PROCESSES_PATH, ScrapeRequest, scrape_request, targets
@@ -83,6 +84,7 @@ def public_app(state: State) -> web.Application:
     routes = StatusRoutes(state)
     routes.add_to(app)
     app.router.add_get("/metrics", routes.metrics)
+    app.router.add_get("/metrics/", routes.metrics)  # vLLM's answers there too
     app.router.add_get("/metrics/engine/{engine}", routes.engine_metrics)
     app.router.add_get("/metrics/pool", routes.pool_metrics)
     app.router.add_get(PROCESSES_PATH, routes.process_metrics)
@@ -97,6 +99,7 @@ def admin_app(state: State) -> web.Application:
     routes = StatusRoutes(state)
     routes.add_to(app)
     app.router.add_get("/metrics", routes.admin_metrics)
+    app.router.add_get("/metrics/", routes.admin_metrics)
     app.router.add_get(OWN_PATH, routes.own_metrics)
     return app
 
@@ -294,5 +297,5 @@ def _http_metrics(state: State) -> Any:
 
 def _template(request: web.Request) -> str:
     resource = request.match_info.route.resource
-    template = "other" if resource is None else resource.canonical
+    template = UNROUTED if resource is None else resource.canonical
     return TEMPLATES.get(template, template)

@@ -10,6 +10,7 @@ from frontend.counters.group_commit import GroupCommit, Party
 from frontend.counters.request_record import (
     OBSERVED_REASONS,
     REASON_ORDER,
+    UNROUTED,
     EngineRecord,
     EngineTimes,
     FinishedRequest,
@@ -19,6 +20,7 @@ from frontend.counters.request_record import (
 __all__ = [
     "OBSERVED_REASONS",
     "REASON_ORDER",
+    "UNROUTED",
     "Bulkhead",
     "EngineRecord",
     "EngineTimes",

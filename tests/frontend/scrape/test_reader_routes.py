@@ -275,3 +275,13 @@ async def test_a_full_queue_is_an_honest_503_whichever_api_server_filled_it(
     assert total(samples, "vllm:admission_rejections_total", reason=reason) == 1
     assert total(samples, "vllm:admission_rejections_total") == 1
     assert total(samples, "wholebatch:sequences_submitted_total") == 4
+
+
+async def test_a_slash_behind_metrics_changes_nothing_on_either_port(deploy: Any):
+    deployed = await busy(deploy)
+    node = deployed.nodes[0]
+    for of_admin in (False, True):
+        answers = [await node.get(path, of_admin=of_admin) for path in ("/metrics", "/metrics/")]
+        assert [status for status, _ in answers] == [200, 200]
+        plain, slashed = ({name for name, _ in parse(text)} for _, text in answers)
+        assert slashed == plain
