@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from metrics.laws import COUNTERS, Finding, Labels, Samples, Status, check, check_running, is_idle
+from metrics.laws import COUNTERS, Finding, LabelSet, Samples, Status, check, check_running, is_idle
 
 __all__ = ["AuditError", "Finding", "Status", "check", "check_running", "is_idle", "main", "parse_samples"]
 
@@ -25,7 +25,7 @@ class AuditError(Exception):
     """The deployment cannot be audited; the text says why in one line."""
 
 
-def parse_samples(text: str) -> dict[tuple[str, Labels], float]:
+def parse_samples(text: str) -> dict[tuple[str, LabelSet], float]:
     """The samples of a text exposition; raises ValueError."""
     return {
         (sample.name, frozenset(sample.labels.items())): float(sample.value)

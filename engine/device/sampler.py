@@ -125,7 +125,7 @@ class Sampler:
         return _invert(logits.softmax(-1), numbers.to(logits.device).unsqueeze(1))
 
     def _number(self, sequence: ScheduledSequence) -> float:
-        """In [0, 1), from the sequence's seed and how many tokens it has generated."""
+        """A number in [0, 1) from the sequence's seed and how many tokens it has generated."""
         seed = sequence.sampling.seed
         position = len(sequence.token_ids) - sequence.num_prompt_tokens
         if seed is None:
@@ -141,7 +141,7 @@ def _pick(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 def _needs_logits(sampling: SamplingParams) -> bool:
-    """Or else the best token is all that is asked for."""
+    """Whether a sequence needs its logits; otherwise its best token is all that it asks for."""
     return sampling.temperature > 0 or sampling.logprobs is not None or _adjusts(sampling)
 
 

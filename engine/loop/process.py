@@ -27,12 +27,13 @@ import zmq
 from engine import wire
 from engine.config import EngineConfig, engine_config_from_json
 from engine.host import share
-from engine.loop.beacon import Beacon, FaultLog, Shared
+from engine.loop.beacon import Beacon, Shared
 from engine.loop.core import EngineCore
 from engine.loop.loop import EngineLoop, bind_router
 from engine.schedule import Batch, BlockPool, Recorder, Runner, Scheduler
 from engine.wire import Alive, Facts, Failed, Lifeline, Ready
 from metrics.broadcast import BroadcastError
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
 from metrics.files import StoreError, TallyStore, tally_path
 from metrics.layout import Layout, Shape, build_layout
@@ -82,8 +83,11 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
         )
     except ModelError as error:
         raise CannotServeError(str(error)) from error
-    except MemoryError as error:
-        raise CannotServeError(f"{config.model.path}: not enough memory: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch has no class of its own for it
+            raise
+        reason = str(error).partition("\n")[0]
+        raise CannotServeError(f"{config.model.path}: not enough memory: {reason}") from error
 
 
 def own_seed(config: EngineConfig) -> int:
@@ -144,8 +148,8 @@ def run(config: EngineConfig, runner: ModelRunner, lifeline: Lifeline) -> None:
     router = bind_router(context, wire.work_endpoint(config.directory, config.index, config.incarnation))
     shared = Shared()
     beacon = Beacon(config, layout, store, shared, lifeline)
-    faults = FaultLog(log)
-    loop = EngineLoop(config, make_core(config, runner, recorder, faults), recorder, store, router, shared, faults)
+    bulkhead = Bulkhead(recorder.faulted, log)
+    loop = EngineLoop(config, make_core(config, runner, recorder, bulkhead), recorder, store, router, shared, bulkhead)
     beacon.start()
     gc.collect()
     gc.freeze()  # Measured: a collection that walks all that loading made stops the loop for 12 ms
@@ -171,7 +175,7 @@ def _layout(config: EngineConfig, runner: ModelRunner) -> Layout:
     return build_layout(ENGINE, shape)
 
 
-def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, faults: FaultLog) -> EngineCore:
+def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, bulkhead: Bulkhead) -> EngineCore:
     """The engine without its sockets."""
     pool = BlockPool(runner.num_blocks, runner.block_size, config.cache.enable_prefix_caching)
     scheduler = Scheduler(
@@ -187,10 +191,12 @@ def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, fau
         runner,
         recorder,
         time.monotonic,
+        bulkhead,
         incarnation=config.incarnation,
         iteration_log=_log_iteration if config.stats.log_iteration_details else None,
-        on_fault=lambda fault: faults.log("bulkhead", "record", fault),
-        on_sampling_fault=lambda fault: faults.log("sequence_fault", "sampling", RuntimeError(fault)),
+        on_sampling_fault=lambda fault: bulkhead.faults.once(
+            "sequence_fault", f"event=sequence_fault kind=sampling error={fault!r} further=counted_only"
+        ),
     )
 
 

@@ -92,7 +92,7 @@ class SampledToken(NamedTuple):
 
 
 class Runner(Protocol):
-    """Whatever computes batches: the model, or a stand-in for tests and for measuring the loop alone."""
+    """What computes batches: the model, or a stand-in for tests and for measuring the loop alone."""
 
     def run(self, batch: Batch) -> list[SampledToken]:
         """Compute the batch. One sampled token per sequence with `samples`, in the batch's order."""

@@ -5,7 +5,6 @@ Street: truth. Counts go into the server's tally; nothing is handed to a client 
 
 from __future__ import annotations
 
-from frontend.counters.bulkhead import Bulkhead
 from frontend.counters.group_commit import GroupCommit, Party
 from frontend.counters.request_record import (
     OBSERVED_REASONS,
@@ -21,7 +20,6 @@ __all__ = [
     "OBSERVED_REASONS",
     "REASON_ORDER",
     "UNROUTED",
-    "Bulkhead",
     "EngineRecord",
     "EngineTimes",
     "FinishedRequest",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from engine.device.weights.load import open_checkpoint
 from engine.device.weights.rotation import RotatedCheckpoint
-from engine.device.weights.spec import Checkpoint, ModelError, ModelSpec
+from engine.device.weights.spec import Checkpoint, ModelSpec
+from engine.device.weights.values import ModelError
 
 __all__ = [
     "Checkpoint",

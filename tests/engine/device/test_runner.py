@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
 from engine.device.runner import TorchRunner
-from engine.device.weights.spec import ModelError
+from engine.device.weights import ModelError
 from engine.host import Share
 from engine.schedule.batch import Batch, ScheduledSequence
 from engine.wire.sampling import SamplingParams
@@ -212,7 +213,10 @@ def test_threads_are_the_callers_choice_or_suit_the_model(
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_hidden_states_that_are_not_finite_give_faults_and_no_tokens(tmp_path: Path, quantization: str | None):
-    path = write_tiny_llama(tmp_path, rms_norm_eps=math.nan)
+    path = write_tiny_llama(tmp_path)
+    weights = load_file(path / "model.safetensors")
+    weights["model.embed_tokens.weight"].fill_(math.nan)
+    save_file(weights, path / "model.safetensors")
     broken = load(path, quantization=quantization, max_model_len=64)
     rows = [
         replace(sequence([1, 2, 3], 0, 3, [row], number=row), sampling=sampling)
