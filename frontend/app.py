@@ -24,6 +24,7 @@ from aiohttp import web
 
 from engine.wire import Deployment, ServerConfig
 from frontend import api
+from frontend.counters import UNROUTED
 from frontend.deployment_view import DeploymentView
 from frontend.errors import ApiError, EngineUnavailable, NotFound, Unauthorized, error_middleware
 from frontend.routes import Handler, Route, mount, route_of, status_route
@@ -35,7 +36,6 @@ MAX_BODY_BYTES: Final = 4 * 2**20
 CLIENT_GONE: Final = 499  # no answer was seen; counted as 4xx
 ORCA_REQUEST_HEADER: Final = "endpoint-load-metrics-format"
 ORCA_RESPONSE_HEADER: Final = "endpoint-load-metrics"
-UNROUTED: Final = "other"  # the label of what no route is there for
 
 Scraped = Callable[[Services, ScrapeRequest, web.Request], bytes | Awaitable[bytes]]
 

@@ -9,6 +9,7 @@ from frontend.counters.group_commit import GroupCommit
 from frontend.counters.request_record import (
     OBSERVED_REASONS,
     REASON_ORDER,
+    UNROUTED,
     EngineRecord,
     EngineTimes,
     FinishedRequest,
@@ -18,6 +19,7 @@ from frontend.counters.request_record import (
 __all__ = [
     "OBSERVED_REASONS",
     "REASON_ORDER",
+    "UNROUTED",
     "EngineRecord",
     "EngineTimes",
     "FinishedRequest",

@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from frontend.api import OpenAIService, routes
-from frontend.app import UNROUTED
+from frontend.counters import UNROUTED
 from frontend.routes import Route, mount, route_of, status_route
 from metrics.catalogue import HANDLERS
 

@@ -131,7 +131,7 @@ def test_http_answers_count_by_template_and_class_and_nothing_else_makes_a_serie
     record.answered("POST", "/v1/completions", 200, 0.5)
     record.answered("BREW", "/v1/nobody/knows/17", 418, 0.5)
     assert cell(tally, "http_requests_total", method="POST", handler="/v1/completions", status="2xx") == 1
-    assert cell(tally, "http_requests_total", method="other", handler="other", status="4xx") == 1
+    assert cell(tally, "http_requests_total", method="other", handler="none", status="4xx") == 1
     name = "http_request_duration_seconds"
     assert observed(tally, name, method="POST", handler="/v1/completions") == (1, 0.5)
 

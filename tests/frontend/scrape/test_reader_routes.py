@@ -97,7 +97,7 @@ async def test_discovered_targets_add_up_to_the_public_port_before_and_after_the
                 assert sum(parts) == value, (name, labels)
         for engine in ("0", "1"):
             holders = [instance for instance, samples in found.items() if total(samples, GENERATED, engine=engine)]
-            assert holders == [f"engine-{engine}"]
+            assert [one.partition("/")[2] for one in holders] == [f"engine-{engine}"]
 
 
 async def exported_again(deployed: Deployed, engine: int) -> None:
@@ -115,7 +115,8 @@ async def test_the_discovered_series_are_those_of_the_public_port_each_once(depl
 
 async def test_processes_without_a_port_have_a_target_and_api_servers_are_not_in_it(deploy: Any):
     deployed = await busy(deploy)
-    samples = (await discovered(deployed.nodes[0]))["processes"]
+    found = await discovered(deployed.nodes[0])
+    (samples,) = [found[instance] for instance in found if instance.endswith("/processes")]
     assert not any("api-server" in dict(labels).get("process", "") for _, labels in samples)
 
 
@@ -273,3 +274,13 @@ async def test_a_full_queue_is_an_honest_503_whichever_api_server_filled_it(
     assert total(samples, "vllm:admission_rejections_total", reason=reason) == 1
     assert total(samples, "vllm:admission_rejections_total") == 1
     assert total(samples, "wholebatch:sequences_submitted_total") == 4
+
+
+async def test_a_slash_behind_metrics_changes_nothing_on_either_port(deploy: Any):
+    deployed = await busy(deploy)
+    node = deployed.nodes[0]
+    for of_admin in (False, True):
+        answers = [await node.get(path, of_admin=of_admin) for path in ("/metrics", "/metrics/")]
+        assert [status for status, _ in answers] == [200, 200]
+        plain, slashed = ({name for name, _ in parse(text)} for _, text in answers)
+        assert slashed == plain
