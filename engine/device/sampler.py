@@ -116,7 +116,8 @@ class Sampler:
             row.index_add_(0, torch.tensor(tokens, device=row.device), row.new_tensor(biases))
         if len(sequence.token_ids) - num_prompt < sampling.min_tokens:
             ends = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_token_ids)]
-            row[torch.tensor(ends, dtype=torch.int64, device=row.device)] = -torch.inf
+            places = torch.tensor(ends, dtype=torch.int64, device=row.device)
+            row[places] = row[places].masked_fill(row[places].isfinite(), -torch.inf)  # a NaN stays, for it is a fault
         if sampling.repetition_penalty != 1.0:
             seen = torch.unique(torch.tensor(sequence.token_ids, device=row.device))
             values = row[seen]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.device.kernels.head import PlainHead
@@ -291,6 +291,7 @@ logit_rows = st.lists(
 )
 
 
+@example(strange=replace(RANDOM, min_tokens=9, logprobs=1), logits=[0.0, 0.0, 0.0, math.nan, 0.0], others=[GREEDY])
 @given(strange=accepted, logits=logit_rows, others=st.lists(accepted, min_size=1, max_size=3))
 def test_whatever_one_sequence_asks_or_gets_it_is_sampled_or_faulted_and_the_others_never_notice(
     strange: SamplingParams, logits: list[float], others: list[SamplingParams]
