@@ -467,6 +467,13 @@ async def test_an_engine_lost_in_a_stream_is_an_event_and_the_end():
     assert clients.log == ["count", "commit", "commit", "close", "commit"]
 
 
+async def test_a_sequence_that_faults_in_a_stream_is_an_event_and_the_end():
+    fault = FakeDelta(0, [], finish=fake_finish("error", message="no token can be sampled"))
+    chunks = await stream(FakeClients([[FakeDelta(0, [ord("a")])], [fault]]), COMPLETIONS, prompt="x")
+    assert texts(chunks[:1]) == ["a"]
+    assert [chunk["error"]["message"] for chunk in chunks[1:]] == ["no token can be sampled"]
+
+
 async def test_an_engine_that_gives_a_request_up_is_an_error_not_an_answer():
     script = [[FakeDelta(0, [], finish=fake_finish("error", message="the KV cache is too small"))]]
     answer = await post(FakeClients(script), COMPLETIONS, 503, prompt="x")
