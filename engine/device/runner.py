@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
-from engine.device.kernels import FlatBatch, Kernels, kernels_for
+from engine.device.kernels import HAS_INT8, FlatBatch, Kernels, kernels_for
 from engine.device.models import FlatInput, LlamaModel
 from engine.device.sampler import Sampler
 from engine.device.weights import ModelError, ModelSpec, RotatedCheckpoint, open_checkpoint
@@ -214,8 +214,8 @@ def _check_quantization(name: str | None, dtype: torch.dtype, device: torch.devi
         return
     if name != "int8":
         raise ModelError(f"quantization {name!r}: known is int8")
-    if device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise ModelError("quantization int8: only on an x86 CPU for now (--device cpu)")
+    if device.type != "cpu" or not HAS_INT8:
+        raise ModelError("quantization int8: only on an x86 CPU with AVX2 for now (--device cpu)")
     if dtype != torch.float32:
         raise ModelError(f"quantization int8: not with dtype {str(dtype).removeprefix('torch.')}, only with float32")
 
