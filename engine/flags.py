@@ -158,7 +158,8 @@ def _add_engine_flags(group: Any) -> None:
         type=_whole(0),
         default=0,
         metavar="N",
-        help="longest part of a prompt in one iteration; 0: only the budget limits it (default: %(default)s)",
+        help="longest part of a prompt in one iteration; 0: only the budget limits it, and on a CPU, while others"
+        " decode, how long these would wait (default: %(default)s)",
     )
     add(
         "--enable-prefix-caching",

@@ -30,6 +30,8 @@ _WARM_UP_TOKENS, _WARM_UP_SEQUENCES = 256, 64
 # Tokens of one iteration. A CPU computes no faster from about 128 on, and every sequence waits for the whole of them:
 # measured with 32 at once, 2048 and 512: 227 and 226 tokens/s, half of the first tokens within 2.9 and 1.2 s.
 _SUITED_BUDGET = {"cpu": 512, "cuda": 2048}
+# Of an iteration in which some decode, who wait for all of it.
+_SUITED_ITERATION_S = {"cpu": 0.1, "cuda": None}
 # With fewer, threads wait for one another longer than they compute, beside a busy API server. Measured, 64 streams on 2
 # cores, one thread and two: 3.2 million 24,351 and 20,197 tokens/s, 10.2 million 7,112 and 8,679.
 _FEW_WEIGHTS = 6_000_000
@@ -54,6 +56,7 @@ class TorchRunner:
         self.eos_token_ids = model.spec.eos_token_ids
         self.cache_dtype = str(kv_caches.dtype).removeprefix("torch.")
         self.suited_budget = _SUITED_BUDGET[self._device.type]
+        self.suited_iteration_s = _SUITED_ITERATION_S[self._device.type]
 
     @classmethod
     def load(

@@ -25,6 +25,7 @@ class SizedRunner(FakeRunner):
         self.eos_token_ids = frozenset({VOCAB_SIZE})
         self.cache_dtype = "float32"
         self.suited_budget = 64
+        self.suited_iteration_s = None
 
 
 def make_config(directory: str, *, incarnation: int = 1, lifeline_fd: int = 0, **stats: float | bool) -> EngineConfig:
