@@ -47,11 +47,11 @@ format: install-test ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: install-test ## rewrite what is made from the code: the README's tables, dashboards, rules
+generate: install-test ## rewrite what is made from the code: the pages' maps and tables, dashboards, rules
 	$(BIN)/python -m metrics.dashboards.generate
 	$(BIN)/python -m tests.readme
 
-bench: install-test model ## measure what the README claims
+bench: install-test model ## measure what the pages claim
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 bench-check: install-test model ## measure ratios, and fail where one has got worse than its bound; under two minutes

@@ -21,7 +21,7 @@ class ModelConfig:
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     quantization: str | None = None  # int8: of the matrices, on a CPU
     max_model_len: int | None = None  # None: what the model was trained for
-    seed: int = 0
+    seed: int | None = None  # of samples without a seed of their own; None: drawn at each start
     device: str = "auto"  # auto, cpu, cuda
 
 

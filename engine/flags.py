@@ -131,7 +131,10 @@ def _add_model_flags(group: Any) -> None:
     )
     add("--max-model-len", type=_whole(1), metavar="N", help="longest context, in tokens (default: the model's)")
     add(
-        "--seed", type=_whole(0), default=0, metavar="N", help="seed of requests that bring none (default: %(default)s)"
+        "--seed",
+        type=_whole(0),
+        metavar="N",
+        help="fixes what requests without a seed draw, for each engine's each start (default: at random)",
     )
 
 

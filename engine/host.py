@@ -18,12 +18,12 @@ _GROUPS: Final = Path("/sys/fs/cgroup")
 class Share(NamedTuple):
     """What one of several engines on this host may use."""
 
-    num_cores: int  # at least one
+    num_cores: int  # 1 or more
     num_bytes: int
 
 
 def share(num_engines: int = 1) -> Share:
-    """An even one of what is available."""
+    """What one engine may use when all engines of this host share it evenly."""
     return Share(max(1, available_cores() // num_engines), available_bytes() // num_engines)
 
 

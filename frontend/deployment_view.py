@@ -14,6 +14,7 @@ import zmq
 from engine.wire import DEPLOYMENT_TOPIC, Deployment, DeploymentError, decode_deployment
 from frontend.sockets import Messages, SocketReader
 from metrics import broadcast
+from metrics.bulkhead import FaultLog
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class DeploymentView:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], directory: str) -> None:
         self.table: Deployment | None = None
         self.num_rejected = 0
+        self._faults = FaultLog(log)
         self._callbacks: list[Callable[[Deployment], None]] = []
         socket = broadcast.make_subscriber(context, [broadcast.deployment_endpoint(directory)], [DEPLOYMENT_TOPIC])
         self._reader = SocketReader(socket, self._on_messages)
@@ -53,6 +55,5 @@ class DeploymentView:
                 callback(self.table)
 
     def _on_rejected(self, error: DeploymentError) -> None:
-        if self.num_rejected == 0:
-            log.error("event=wire_rejected kind=deployment error=%r further=counted_only", str(error))
+        self._faults.rejected("deployment", error)
         self.num_rejected += 1

@@ -17,12 +17,13 @@ import zmq
 from engine.wire import Facts
 from frontend.api import Clients, OpenAIService
 from frontend.config import ServerConfig
-from frontend.counters import Bulkhead, GroupCommit, RequestRecord
+from frontend.counters import GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
 from frontend.engines import Admission, EngineClients, Identity, InFlight, Limits
 from frontend.scrape import Exporter, Figures, Layouts, Pool, Scrape, boottime, load_report
 from frontend.text import Tokenizer
 from frontend.tracing import TracedClients
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER, ENGINE
 from metrics.files import ExemplarStore, Origin, TallyStore, exemplars_path, tally_path
 from metrics.layout import Histogram
@@ -55,7 +56,7 @@ class Serving:
         self._exemplars: ExemplarStore | None = None
         self.record = RequestRecord(self._store.tally, layouts[API_SERVER], config.num_engines, self._exemplify)
         self.record.close_books()
-        self._bulkhead = Bulkhead(self.record)
+        self._bulkhead = Bulkhead(self.record.fault, log)
         if config.log_stats:
             with self._bulkhead.around("record"):
                 path = exemplars_path(config.directory, API_SERVER, config.index)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from metrics.laws import COUNTERS, Finding, Labels, Samples, Status, check, check_running, is_idle
+from metrics.laws import COUNTERS, Finding, LabelSet, Samples, Status, check, check_running, is_idle
 
 __all__ = ["AuditError", "Finding", "Status", "check", "check_running", "is_idle", "main", "parse_samples"]
 
@@ -25,7 +25,7 @@ class AuditError(Exception):
     """The deployment cannot be audited; the text says why in one line."""
 
 
-def parse_samples(text: str) -> dict[tuple[str, Labels], float]:
+def parse_samples(text: str) -> dict[tuple[str, LabelSet], float]:
     """The samples of a text exposition; raises ValueError."""
     return {
         (sample.name, frozenset(sample.labels.items())): float(sample.value)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m metrics.audit", description="Check the laws of METRICS live.")
+    parser = argparse.ArgumentParser(prog="python -m metrics.audit", description="Check a live deployment's laws.")
     parser.add_argument("--url", required=True, help="the deployment's public address, e.g. http://127.0.0.1:8000")
     parser.add_argument("--wait", type=_seconds, default=10.0, help="seconds to wait until it is idle (default 10)")
     parser.add_argument(

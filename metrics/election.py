@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from metrics.snapshot import NOWHERE, Grant, Heartbeat, Resign, Snapshot, Term
+from metrics.snapshot import NOWHERE, Grant, Heartbeat, Resign, Snapshot, Term, join
 
 # How much longer than the lease the granter waits. Covers clocks of which one runs up to 2 % fast, the other 2 % slow.
 LEASE_MARGIN: Final = 1.05
@@ -183,7 +183,7 @@ class Holder:
 
     def on_snapshot(self, snapshot: Snapshot, now: float) -> bool:
         """A snapshot has been received; False when it is stale: not newer than the one held."""
-        if self.snapshot is not None and snapshot.position <= self.snapshot.position:
+        if join(self.snapshot, snapshot) is not snapshot:
             return False
         _drop_old(self._sent, now - self._lease_s)
         self.snapshot = snapshot

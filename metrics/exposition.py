@@ -230,7 +230,7 @@ class Stack:
     __slots__ = ("_lines", "_rows", "_sources")
 
     def __init__(self, layout: Layout, templates: Sequence[tuple[int, Template]]) -> None:
-        """Of each tally its row, and its template."""
+        """`templates` has of each tally its row in the matrix, and its template."""
         for _, template in templates:
             assert not template._buckets.size, "a histogram's buckets are cumulated tally by tally"
         stacked = [

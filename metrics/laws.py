@@ -20,8 +20,8 @@ from typing import Final
 
 from metrics.layout import Layout
 
-Labels = frozenset[tuple[str, str]]
-Samples = Mapping[tuple[str, Labels], float]
+LabelSet = frozenset[tuple[str, str]]
+Samples = Mapping[tuple[str, LabelSet], float]
 
 # Tokens are whole numbers and exact; seconds are sums that depend on the order of adding.
 TOLERANCE: Final = 1e-6
@@ -34,7 +34,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class Total:
     """The sum of a metric's samples, those with the given values of a label only."""
 
     name: str
@@ -52,9 +52,9 @@ class Law:
 
     name: str  # in metric.AUDIT_LAWS; several laws may share one
     sentence: str
-    smaller: tuple[Term, ...]
-    greater: tuple[Term, ...]
-    gauges: tuple[Term, ...] = ()  # on the smaller side, when idle only: they may lag behind the counters
+    smaller: tuple[Total, ...]
+    greater: tuple[Total, ...]
+    gauges: tuple[Total, ...] = ()  # on the smaller side, when idle only: they may lag behind the counters
     is_exact: bool = True
     is_mutual: bool = False  # both sides come from one commit: while running, ≤ holds either way
     is_checked_running: bool = True
@@ -73,22 +73,22 @@ class Finding:
     detail: str = ""
 
 
-ITERATION_SUM: Final = Term("vllm:iteration_tokens_total_sum")
-ITERATION_COUNT: Final = Term("vllm:iteration_tokens_total_count")
-GENERATED: Final = Term("vllm:generation_tokens_total")
-BY_SOURCE: Final = Term("vllm:prompt_tokens_by_source_total")
-CACHE_HIT: Final = Term("vllm:prompt_tokens_by_source_total", "source", ("local_cache_hit",))
-CACHED: Final = Term("vllm:prompt_tokens_by_source_total", "source", ("local_cache_hit", "external_kv_transfer"))
-RECEIVED: Final = Term("wholebatch:received_tokens_total")
-ACCEPTED: Final = Term("wholebatch:sequences_accepted_total")
-SUBMITTED: Final = Term("wholebatch:sequences_submitted_total")
-ENDED: Final = Term("wholebatch:sequences_ended_total")
+ITERATION_SUM: Final = Total("vllm:iteration_tokens_total_sum")
+ITERATION_COUNT: Final = Total("vllm:iteration_tokens_total_count")
+GENERATED: Final = Total("vllm:generation_tokens_total")
+BY_SOURCE: Final = Total("vllm:prompt_tokens_by_source_total")
+CACHE_HIT: Final = Total("vllm:prompt_tokens_by_source_total", "source", ("local_cache_hit",))
+CACHED: Final = Total("vllm:prompt_tokens_by_source_total", "source", ("local_cache_hit", "external_kv_transfer"))
+RECEIVED: Final = Total("wholebatch:received_tokens_total")
+ACCEPTED: Final = Total("wholebatch:sequences_accepted_total")
+SUBMITTED: Final = Total("wholebatch:sequences_submitted_total")
+ENDED: Final = Total("wholebatch:sequences_ended_total")
 # Ends by which a sequence may have been submitted and yet never have come to the engine.
-ENDED_BY_FAULT: Final = Term("wholebatch:sequences_ended_total", "finished_reason", ("server_lost", "error"))
-RUNNING: Final = Term("vllm:num_requests_running")
-WAITING: Final = Term("vllm:num_requests_waiting")
-IN_FLIGHT: Final = Term("wholebatch:api_server_requests_in_flight")
-INCARNATION: Final = Term("wholebatch:engine_incarnation")
+ENDED_BY_FAULT: Final = Total("wholebatch:sequences_ended_total", "finished_reason", ("server_lost", "error"))
+RUNNING: Final = Total("vllm:num_requests_running")
+WAITING: Final = Total("vllm:num_requests_waiting")
+IN_FLIGHT: Final = Total("wholebatch:api_server_requests_in_flight")
+INCARNATION: Final = Total("wholebatch:engine_incarnation")
 
 PROCESS_COUNTER: Final = "process_cpu_seconds_total"
 PROCESS_GAUGE: Final = "process_start_time_seconds"
@@ -101,8 +101,8 @@ LAWS: Final = (
         name="iteration_sum",
         sentence="iteration tokens are prompt tokens computed + recomputed + generated tokens",
         smaller=(
-            Term("wholebatch:prompt_tokens_computed_total"),
-            Term("wholebatch:recomputed_tokens_total"),
+            Total("wholebatch:prompt_tokens_computed_total"),
+            Total("wholebatch:recomputed_tokens_total"),
             GENERATED,
         ),
         greater=(ITERATION_SUM,),
@@ -111,54 +111,54 @@ LAWS: Final = (
     Law(
         name="iteration_count",
         sentence="each iteration is observed once in iteration tokens",
-        smaller=(Term("wholebatch:iterations_total"),),
+        smaller=(Total("wholebatch:iterations_total"),),
         greater=(ITERATION_COUNT,),
         is_mutual=True,
     ),
     Law(
         name="iteration_count",
         sentence="each iteration is observed once in scheduled tokens",
-        smaller=(Term("wholebatch:iteration_scheduled_tokens_count"),),
+        smaller=(Total("wholebatch:iteration_scheduled_tokens_count"),),
         greater=(ITERATION_COUNT,),
         is_mutual=True,
     ),
     Law(
         name="tokens",
         sentence="generated tokens are received by an API server or lost",
-        smaller=(RECEIVED, Term("wholebatch:lost_tokens_total")),
+        smaller=(RECEIVED, Total("wholebatch:lost_tokens_total")),
         greater=(GENERATED,),
     ),
     Law(
         name="tokens",
         sentence="received tokens are delivered or undelivered for a stated reason",
-        smaller=(Term("wholebatch:delivered_tokens_total"), Term("wholebatch:undelivered_tokens_total")),
+        smaller=(Total("wholebatch:delivered_tokens_total"), Total("wholebatch:undelivered_tokens_total")),
         greater=(RECEIVED,),
     ),
     Law(
         name="prompt_tokens",
         sentence="prompt tokens have a source",
         smaller=(BY_SOURCE,),
-        greater=(Term("vllm:prompt_tokens_total"),),
+        greater=(Total("vllm:prompt_tokens_total"),),
         is_mutual=True,
     ),
     Law(
         name="prompt_tokens",
         sentence="cached prompt tokens are those of the sources that are caches",
         smaller=(CACHED,),
-        greater=(Term("vllm:prompt_tokens_cached_total"),),
+        greater=(Total("vllm:prompt_tokens_cached_total"),),
         is_mutual=True,
     ),
     Law(
         name="prompt_tokens",
         sentence="cached prompt tokens were found in the prefix cache",  # and more: of requests aborted in prefill
         smaller=(CACHE_HIT,),
-        greater=(Term("vllm:prefix_cache_hits_total"),),
+        greater=(Total("vllm:prefix_cache_hits_total"),),
         is_exact=False,
     ),
     Law(
         name="sequences",
         sentence="accepted sequences have finished, run or wait",
-        smaller=(Term("wholebatch:sequences_finished_total"),),
+        smaller=(Total("wholebatch:sequences_finished_total"),),
         greater=(ACCEPTED,),
         gauges=(RUNNING, WAITING),
     ),
@@ -188,7 +188,7 @@ LAWS: Final = (
 
 _GAUGES: Final = (RUNNING, WAITING, IN_FLIGHT)
 # The counters that laws are about.
-COUNTERS: Final = frozenset(term.name for law in LAWS for term in (*law.smaller, *law.greater))
+COUNTERS: Final = frozenset(total.name for law in LAWS for total in (*law.smaller, *law.greater))
 
 
 # --- checks ---
@@ -212,7 +212,7 @@ def check_running(earlier: Samples, later: Samples) -> list[Finding]:
 def is_idle(earlier: Samples, later: Samples) -> bool:
     """Whether nothing is under way: nothing runs, waits or is in flight, nothing has been counted in between, and no
     process is dead: what it left open is settled by its successor."""
-    names = {term.name for term in _GAUGES}
+    names = {total.name for total in _GAUGES}
     is_quiet = all(value == 0 for samples in (earlier, later) for (name, _), value in samples.items() if name in names)
     return is_quiet and _counted(earlier) == _counted(later) and _are_all_alive(earlier) and _are_all_alive(later)
 
@@ -225,7 +225,7 @@ def _are_all_alive(samples: Samples) -> bool:
     return known == alive
 
 
-def _counted(samples: Samples) -> dict[tuple[str, Labels], float]:
+def _counted(samples: Samples) -> dict[tuple[str, LabelSet], float]:
     return {key: value for key, value in samples.items() if key[0] in COUNTERS}
 
 
@@ -233,20 +233,20 @@ class _Book:
     """Samples by metric and engine."""
 
     def __init__(self, samples: Samples) -> None:
-        self._samples: dict[tuple[str, str], list[tuple[Labels, float]]] = defaultdict(list)
+        self._samples: dict[tuple[str, str], list[tuple[LabelSet, float]]] = defaultdict(list)
         for (name, labels), value in samples.items():
             self._samples[name, dict(labels).get("engine", "")].append((labels, value))
         self.engines = sorted({engine for name, engine in self._samples if name in COUNTERS})
 
-    def has(self, terms: Sequence[Term], engine: str) -> bool:
-        return all((term.name, engine) in self._samples for term in terms)
+    def has(self, totals: Sequence[Total], engine: str) -> bool:
+        return all((total.name, engine) in self._samples for total in totals)
 
-    def sum(self, terms: Sequence[Term], engine: str) -> float:
-        return math.fsum(value for term in terms for value in self._values(term, engine))
+    def sum(self, totals: Sequence[Total], engine: str) -> float:
+        return math.fsum(value for total in totals for value in self._values(total, engine))
 
-    def _values(self, term: Term, engine: str) -> Iterator[float]:
-        for labels, value in self._samples.get((term.name, engine), ()):
-            if not term.values or dict(labels).get(term.label) in term.values:
+    def _values(self, total: Total, engine: str) -> Iterator[float]:
+        for labels, value in self._samples.get((total.name, engine), ()):
+            if not total.values or dict(labels).get(total.label) in total.values:
                 yield value
 
 
@@ -262,8 +262,8 @@ def _check_idle(law: Law, book: _Book, engine: str) -> Finding:
 
 
 def _check_running(law: Law, before: _Book, after: _Book, engine: str) -> Finding:
-    terms = (*law.smaller, *law.greater)
-    if not before.has(terms, engine) or not after.has(terms, engine):
+    totals = (*law.smaller, *law.greater)
+    if not before.has(totals, engine) or not after.has(totals, engine):
         return _not_applicable(law, engine)
     excess = before.sum(law.smaller, engine) - after.sum(law.greater, engine)
     if law.is_mutual:
@@ -271,11 +271,11 @@ def _check_running(law: Law, before: _Book, after: _Book, engine: str) -> Findin
     return _finding(law, engine, excess, _detail(law, law.smaller, "≤" if not law.is_mutual else "≈", after, engine))
 
 
-def _detail(law: Law, smaller: Sequence[Term], relation: str, book: _Book, engine: str) -> str:
+def _detail(law: Law, smaller: Sequence[Total], relation: str, book: _Book, engine: str) -> str:
     """`accepted 7 = finished 5 + running 2`, with the figures."""
 
-    def side(terms: Sequence[Term]) -> str:
-        return " + ".join(f"{term} {book.sum([term], engine):g}" for term in terms)
+    def side(totals: Sequence[Total]) -> str:
+        return " + ".join(f"{total} {book.sum([total], engine):g}" for total in totals)
 
     return f"{side(smaller)} {relation} {side(law.greater)}"
 
@@ -306,8 +306,8 @@ class _Histogram:
     sum: float = math.nan
 
 
-def _histograms(samples: Samples) -> dict[tuple[str, Labels], _Histogram]:
-    found: dict[tuple[str, Labels], _Histogram] = {}
+def _histograms(samples: Samples) -> dict[tuple[str, LabelSet], _Histogram]:
+    found: dict[tuple[str, LabelSet], _Histogram] = {}
     for (name, labels), value in samples.items():
         if name.endswith("_bucket"):
             le = dict(labels).get("le", "nan")
@@ -370,7 +370,7 @@ def _check_falls(earlier: Samples, later: Samples) -> Iterator[Finding]:
             yield _histogram_finding(key, "a cell fell from one scrape to the next", max(fell))
 
 
-def _histogram_finding(key: tuple[str, Labels], wrong: str, imbalance: float) -> Finding:
+def _histogram_finding(key: tuple[str, LabelSet], wrong: str, imbalance: float) -> Finding:
     name, labels = key
     rest = ",".join(f"{label}={value}" for label, value in sorted(labels) if label not in ("engine", "model_name"))
     return Finding(
@@ -386,9 +386,9 @@ def _histogram_finding(key: tuple[str, Labels], wrong: str, imbalance: float) ->
 # --- samples ---
 
 
-def samples_of_tally(layout: Layout, cells: Sequence[float], **labels: str) -> dict[tuple[str, Labels], float]:
+def samples_of_tally(layout: Layout, cells: Sequence[float], **labels: str) -> dict[tuple[str, LabelSet], float]:
     """A tally's cells under the names and labels of an exposition; `labels` are those that the layout leaves out."""
-    samples: dict[tuple[str, Labels], float] = {}
+    samples: dict[tuple[str, LabelSet], float] = {}
     for series in layout.series:
         name, pairs = series.metric.name, frozenset((*series.labels, *labels.items()))
         if series.bounds is None:

@@ -1,4 +1,4 @@
-"""What an engine broadcasts, what its beacon receives, and how views of the broadcasts join. Pure.
+"""What an engine broadcasts, what its beacon receives, and how what two have heard of an engine joins. Pure.
 
 A message is a MessagePack array: version, kind, then the fields in the order of its dataclass; `decode_*` accepts
 exactly what `encode` writes and raises `SnapshotError` for anything else.
@@ -12,7 +12,6 @@ commutative, associative and idempotent.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -55,7 +54,7 @@ class Snapshot:
     incarnation: int
     sequence: int  # of this publication within the incarnation
     created_unix: float  # when the tally began
-    published_unix: float
+    published_unix: float  # this and `is_stuck` are for subscribers outside: no process here reads them
     grant: Grant | None
     echo: int  # number of the holder's newest heartbeat that the grant rests on; 0: none
     is_stuck: bool  # the engine's loop makes no progress
@@ -86,14 +85,9 @@ class Resign:
     term: Term
 
 
-def join(a: Mapping[int, Snapshot], b: Mapping[int, Snapshot]) -> dict[int, Snapshot]:
-    """What is known after hearing both: of each engine the snapshot at the greatest position."""
-    joined = dict(a)
-    for engine, snapshot in b.items():
-        held = joined.get(engine)
-        if held is None or snapshot.position > held.position:
-            joined[engine] = snapshot
-    return joined
+def join(held: Snapshot | None, heard: Snapshot) -> Snapshot:
+    """What is known of an engine after hearing both: the snapshot at the greater position."""
+    return heard if held is None or heard.position > held.position else held
 
 
 def encode(message: Snapshot | Heartbeat | Resign) -> bytes:

@@ -7,6 +7,7 @@ order.
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from engine.schedule.record import Recorder
 from engine.schedule.scheduler import Scheduler
 from engine.wire import Submit
 from engine.wire.sampling import SamplingParams
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
@@ -124,7 +126,8 @@ class Engine:
             vocab_size=runner.vocab_size,
         )
         recorder = Recorder(self.tally, layout, 1)
-        self._core = EngineCore(self._scheduler, stand_in or runner, recorder, FakeClock())
+        bulkhead = Bulkhead(recorder.faulted, logging.getLogger(__name__))
+        self._core = EngineCore(self._scheduler, stand_in or runner, recorder, FakeClock(), bulkhead)
         self._next_id = 0
         self.num_preemptions = 0
 

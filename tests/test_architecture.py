@@ -1,4 +1,4 @@
-"""The shape of the project, enforced: who may import whom, sizes, and that the README's map is the tree."""
+"""The shape of the project, enforced: who may import whom, sizes, and that the pages' maps are the tree."""
 
 from __future__ import annotations
 
@@ -161,10 +161,22 @@ def test_a_module_opens_with_a_docstring(module: str):
     assert ast.get_docstring(ast.parse(MODULES[module].read_text()))
 
 
-def test_the_readme_maps_every_module_and_no_other():
-    text = (ROOT / "README.md").read_text()
-    block = re.search(r"<!-- map:begin -->(.*?)<!-- map:end -->", text, re.DOTALL)
-    assert block, "README.md has no map between its markers"
-    mapped = set(re.findall(r"`((?:engine|frontend|metrics)/[\w/]+\.py)`", block.group(1)))
-    tree = {str(p.relative_to(ROOT)) for p in MODULES.values() if p.name not in ("__init__.py", "__main__.py")}
-    assert mapped == tree
+def mapped(page: Path, names: str) -> set[str]:
+    """What the map of a page names in the first column of a table or at the beginning of a line."""
+    block = re.search(r"<!-- map:begin -->(.*?)<!-- map:end -->", page.read_text(), re.DOTALL)
+    assert block, f"{page} has no map between its markers"
+    return set(re.findall(rf"^(?:\| )?\[?`({names})`", block.group(1), re.MULTILINE))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_page_of_a_package_maps_every_module_and_no_other(package: str):
+    rooms = (path for path in (ROOT / package).rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+    tree = {str(path.relative_to(ROOT / package)) for path in rooms}
+    assert mapped(ROOT / package / "README.md", r"[\w/]+\.py") == tree
+    wings = {f"{wing.replace('.', '/')}/" for wing in WINGS if wing.startswith(f"{package}.")}
+    assert mapped(ROOT / package / "README.md", r"[\w/]+/") == wings
+
+
+def test_the_readme_maps_every_outer_wing_and_no_other():
+    outer = {wing for wing in WINGS if wing.count(".") == 1}
+    assert mapped(ROOT / "README.md", r"[\w/]+/") == {f"{name.replace('.', '/')}/" for name in (*PACKAGES, *outer)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
 from engine.device.kernels import HAS_INT8, FlatBatch, Kernels, kernels_for
-from engine.device.models import FlatInput, LlamaModel
+from engine.device.models import Decoder, FlatInput, decoder_for
 from engine.device.sampler import Sampler
 from engine.device.weights import ModelError, ModelSpec, RotatedCheckpoint, open_checkpoint
 from engine.host import Share, share
@@ -42,7 +43,7 @@ class TorchRunner:
     """One model on one device."""
 
     def __init__(
-        self, model: LlamaModel, kernels: Kernels, kv_caches: torch.Tensor, sampler: Sampler, *, max_model_len: int
+        self, model: Decoder, kernels: Kernels, kv_caches: torch.Tensor, sampler: Sampler, *, max_model_len: int
     ) -> None:
         self._model = model
         self._kernels = kernels
@@ -53,7 +54,7 @@ class TorchRunner:
         self.block_size = kv_caches.shape[2]
         self.max_model_len = max_model_len
         self.vocab_size = model.spec.vocab_size
-        self.eos_token_ids = model.spec.eos_token_ids
+        self.eos_token_ids = sampler.eos_token_ids
         self.cache_dtype = str(kv_caches.dtype).removeprefix("torch.")
         self.suited_budget = _SUITED_BUDGET[self._device.type]
         self.suited_iteration_s = _SUITED_ITERATION_S[self._device.type]
@@ -90,7 +91,11 @@ class TorchRunner:
         _check_quantization(model.quantization, dtype, device)
         progress(f"dtype {dtype}, quantization {model.quantization or 'none'}, on {device}".replace("torch.", ""))
         kernels = kernels_for(device, dtype)
-        decoder = LlamaModel(
+        shape = (cache.block_size, 2, spec.num_kv_heads, spec.head_dim)
+        block_bytes = spec.num_layers * math.prod(shape) * dtype.itemsize
+        fit = partial(_fitting_blocks, cache, scheduler, max_model_len, block_bytes, num_blocks_fixed)
+        fit(_cache_bytes(device, host_share))  # first, since what is made next grows with a context that a file states
+        decoder = decoder_for(spec)(
             RotatedCheckpoint(checkpoint) if model.quantization else checkpoint,
             kernels,
             dtype=dtype,
@@ -99,18 +104,14 @@ class TorchRunner:
             progress=progress,
             quantization=model.quantization,
         )
-        shape = (cache.block_size, 2, spec.num_kv_heads, spec.head_dim)
-        block_bytes = spec.num_layers * math.prod(shape) * dtype.itemsize
-        num_blocks = num_blocks_fixed
-        if num_blocks is None:
-            num_blocks = _num_blocks(cache, scheduler, max_model_len, block_bytes, _cache_bytes(device, host_share))
-        if num_blocks * cache.block_size < max_model_len:
-            raise ModelError(_too_small(num_blocks, cache.block_size, max_model_len, block_bytes))
+        num_blocks = fit(_cache_bytes(device, host_share))  # on a GPU fewer than before: the weights are there now
         kv_caches = _reserve((spec.num_layers, num_blocks, *shape), dtype, device)
-        progress(
-            f"KV cache: {num_blocks} blocks of {cache.block_size} tokens, {num_blocks * block_bytes / _GIB:.2f} GiB"
-        )
-        sampler = Sampler(decoder.head, seed=model.seed, eos_token_ids=spec.eos_token_ids)
+        size = f"{num_blocks * block_bytes / _GIB:.2f} GiB"
+        progress(f"KV cache: {num_blocks} blocks of {cache.block_size} tokens, {size}")
+        known_ends = frozenset(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
+        if known_ends != spec.eos_token_ids:
+            progress(f"end tokens {sorted(spec.eos_token_ids - known_ends)} are beyond the vocabulary: ignored")
+        sampler = Sampler(decoder.head, seed=model.seed or 0, eos_token_ids=known_ends)
         runner = cls(decoder, kernels, kv_caches, sampler, max_model_len=max_model_len)
         progress("computing first batches; on a first start that compiles kernels, for some seconds")
         runner._warm_up()
@@ -142,7 +143,7 @@ class TorchRunner:
             self.run(Batch([part] * count))
 
     def release(self, sequence_ids: Sequence[int]) -> None:
-        """Nothing is kept per sequence."""
+        """Does nothing: nothing is kept per sequence."""
 
     # --- from lists to tensors ---
 
@@ -260,9 +261,20 @@ def _cache_bytes(device: torch.device, host_share: Share) -> int:
     return min(4 * _GIB, host_share.num_bytes // 4)
 
 
-def _too_small(num_blocks: int, block_size: int, max_model_len: int, block_bytes: int) -> str:
-    needed = -(-max_model_len // block_size)
-    return (
+def _fitting_blocks(
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
+    max_model_len: int,
+    block_bytes: int,
+    fixed: int | None,
+    cache_bytes: int,
+) -> int:
+    """How many blocks the cache has; raises ModelError where they do not hold the longest sequence."""
+    num_blocks = fixed or _num_blocks(cache, scheduler, max_model_len, block_bytes, cache_bytes)
+    if num_blocks * cache.block_size >= max_model_len:
+        return num_blocks
+    block_size, needed = cache.block_size, -(-max_model_len // cache.block_size)
+    raise ModelError(
         f"the KV cache holds {num_blocks * block_size} tokens ({num_blocks} blocks of {block_size}), less than one"
         f" sequence of max_model_len {max_model_len}: lower --max-model-len, or give it {needed} blocks"
         f" (--num-gpu-blocks-override {needed} or --kv-cache-memory-bytes {needed * block_bytes})"

@@ -9,6 +9,10 @@ the batch that a sequence happens to be in, a preemption or a restart cannot cha
 seed get one from the engine's seed and their id.
 
 Candidates are cut by a threshold on logits, so tokens that tie at the cut stay together.
+
+P10: what breaks in one sequence's sampling (logits that are not finite, parameters that exclude every token, a bug that
+its parameters meet) is that sequence's fault, and the others of the batch get their tokens. What breaks the forward
+pass before it, or every later one, ends the engine.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
 from engine.device.kernels import Head, argmax
-from engine.schedule import SampledToken, SamplingParams, ScheduledSequence, TokenLogprobs
+from engine.schedule import LEAST_TEMPERATURE, SampledToken, SamplingParams, ScheduledSequence, TokenLogprobs
 
 _NUM_CANDIDATES = 256  # sorted first for top_p
 _MORE_CANDIDATES = 8  # times as many next, where the distribution is flatter than that
@@ -29,6 +33,9 @@ _RESOLUTION = 48  # bits of the random number: u * total < total holds for every
 _BELOW_ONE = 1 - 2.0**-_RESOLUTION
 # Tokens that are added up before any is looked at. Measured: 128 random rows of 49152: 14 ms, as one sum each 84 ms.
 _BLOCK_SIZE = 256
+_NOTHING_TO_SAMPLE = SampledToken(
+    -1, None, "no token can be sampled: the model's logits are not finite, or the parameters exclude every token"
+)
 
 
 class Sampler:
@@ -37,11 +44,19 @@ class Sampler:
     def __init__(self, head: Head, *, seed: int, eos_token_ids: frozenset[int]) -> None:
         self._head = head
         self._seed = seed
-        self._eos_token_ids = sorted(eos_token_ids)
+        self.eos_token_ids = eos_token_ids
 
     @torch.inference_mode()
     def sample(self, hidden: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
-        """One token for each row of `hidden` (num_sequences, hidden)."""
+        """One token for each row of `hidden` (num_sequences, hidden), or the fault of that row's sequence."""
+        try:
+            return self._sample(hidden, sequences)
+        except Exception as error:  # noqa: BLE001 - the bulkhead between sequences
+            if len(sequences) == 1:
+                return [SampledToken(-1, None, f"sampling failed: {type(error).__name__}: {error!s:.200}")]
+            return [self.sample(hidden[row : row + 1], [sequence])[0] for row, sequence in enumerate(sequences)]
+
+    def _sample(self, hidden: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
         greedy: list[int] = []
         other: list[int] = []
         for row, sequence in enumerate(sequences):
@@ -53,6 +68,9 @@ class Sampler:
         if other:
             logits = self._head.logits(_pick(hidden, other))
             sampled.update(zip(other, self._sample_logits(logits, [sequences[row] for row in other]), strict=True))
+        if not hidden.sum().isfinite():  # it is finite only if all is, and a head may make numbers of what is none
+            for row in (~hidden.sum(-1).isfinite()).nonzero().flatten().tolist():
+                sampled[row] = _NOTHING_TO_SAMPLE
         return [sampled[row] for row in range(len(sequences))]
 
     def _sample_logits(self, logits: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
@@ -63,16 +81,21 @@ class Sampler:
             if _adjusts(sequence.sampling):
                 self._adjust(logits[row], sequence)
         tokens = argmax(logits)
+        is_sampled = logits.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite()
         random_rows = [row for row, s in enumerate(sequences) if s.sampling.temperature > 0]
         if random_rows:
-            chosen = self._draw(logits[random_rows], [sequences[row] for row in random_rows])
-            tokens[torch.tensor(random_rows, device=tokens.device)] = chosen
+            chosen, is_drawn = self._draw(logits[random_rows], [sequences[row] for row in random_rows])
+            tokens[random_rows] = chosen
+            is_sampled[random_rows] &= is_drawn
         token_ids: list[int] = tokens.tolist()
         logprobs: dict[int, TokenLogprobs] = {}
         if raw is not None:
             counts = [sequences[row].sampling.logprobs or 0 for row in reported]
             logprobs = dict(zip(reported, _report(raw, tokens[reported], counts), strict=True))
-        return [SampledToken(token, logprobs.get(row)) for row, token in enumerate(token_ids)]
+        return [
+            SampledToken(token, logprobs.get(row)) if is_one else _NOTHING_TO_SAMPLE
+            for row, (token, is_one) in enumerate(zip(token_ids, is_sampled.tolist(), strict=True))
+        ]
 
     def _adjust(self, row: torch.Tensor, sequence: ScheduledSequence) -> None:
         """Apply to one row, in place, what depends on its own tokens."""
@@ -81,7 +104,7 @@ class Sampler:
             tokens, biases = zip(*sampling.logit_bias, strict=True)
             row.index_add_(0, torch.tensor(tokens, device=row.device), row.new_tensor(biases))
         if len(sequence.token_ids) - num_prompt < sampling.min_tokens:
-            ends = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_token_ids)]
+            ends = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_token_ids)]
             row[torch.tensor(ends, dtype=torch.int64, device=row.device)] = -torch.inf
         if sampling.repetition_penalty != 1.0:
             seen = torch.unique(torch.tensor(sequence.token_ids, device=row.device))
@@ -93,16 +116,16 @@ class Sampler:
             seen, times = torch.unique(output, return_counts=True)
             row[seen] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
-    def _draw(self, logits: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> torch.Tensor:
-        """One random token a row. The logits are changed in place."""
+    def _draw(self, logits: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One random token a row, and whether there was one to draw. The logits are changed in place."""
         parameters = [sequence.sampling for sequence in sequences]
-        logits /= logits.new_tensor([p.temperature for p in parameters]).unsqueeze(1)
+        logits /= logits.new_tensor([max(p.temperature, LEAST_TEMPERATURE) for p in parameters]).unsqueeze(1)
         _cut(logits, parameters)
         numbers = torch.tensor([self._number(sequence) for sequence in sequences], dtype=torch.float64)
         return _invert(logits.softmax(-1), numbers.to(logits.device).unsqueeze(1))
 
     def _number(self, sequence: ScheduledSequence) -> float:
-        """In [0, 1), from the sequence's seed and how many tokens it has generated."""
+        """A number in [0, 1) from the sequence's seed and how many tokens it has generated."""
         seed = sequence.sampling.seed
         position = len(sequence.token_ids) - sequence.num_prompt_tokens
         if seed is None:
@@ -118,12 +141,13 @@ def _pick(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 def _needs_logits(sampling: SamplingParams) -> bool:
-    """Or else the best token is all that is asked for."""
+    """Whether a sequence needs its logits; otherwise its best token is all that it asks for."""
     return sampling.temperature > 0 or sampling.logprobs is not None or _adjusts(sampling)
 
 
-def _invert(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The token at which each row's cumulative distribution passes its number, `numbers` (rows, 1) in [0, 1)."""
+def _invert(probabilities: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token at which each row's cumulative distribution passes its number, `numbers` (rows, 1) in [0, 1); and
+    whether it does, which it does not where the probabilities are not finite."""
     num_rows, vocab_size = probabilities.shape
     if missing := -vocab_size % _BLOCK_SIZE:
         probabilities = F.pad(probabilities, (0, missing))
@@ -131,14 +155,14 @@ def _invert(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     masses = blocks.sum(-1).double()
     cumulative = masses.cumsum(-1)
     targets = numbers * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, targets, right=True)
-    assert int(block.max()) < blocks.shape[1], "the logits are not finite"
+    is_passed = cumulative[:, -1].isfinite()
+    block = torch.searchsorted(cumulative, targets, right=True).clamp_(max=blocks.shape[1] - 1)
     mass = masses.gather(1, block)
     # Held below 1: added up token by token, a block's mass may differ in its last bits.
     share = ((targets - cumulative.gather(1, block) + mass) / mass).clamp_(0.0, _BELOW_ONE)
     inside = blocks[torch.arange(num_rows, device=block.device), block.squeeze(1)].cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(inside, share * inside[:, -1:], right=True)
-    return (block * _BLOCK_SIZE + token).squeeze(1)
+    return (block * _BLOCK_SIZE + token).squeeze(1).clamp_(max=vocab_size - 1), is_passed
 
 
 def _signed(seed: int) -> int:

@@ -26,6 +26,7 @@ import zmq
 from engine.config import EngineConfig
 from engine.wire import DEPLOYMENT_TOPIC, Alive, Deployment, DeploymentError, Lifeline, decode_deployment
 from metrics import broadcast
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER
 from metrics.election import Granter
 from metrics.files import TallyStore
@@ -49,20 +50,6 @@ class Shared:
         default_factory=lambda: collections.deque(maxlen=MAX_ITERATIONS)
     )  # loop to beacon
     ended: queue.SimpleQueue[tuple[int, int]] = field(default_factory=queue.SimpleQueue)  # API servers; beacon to loop
-
-
-class FaultLog:
-    """One line for each kind of fault, however often it comes (P9): the counters say how often."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger = logger
-        self._logged: set[tuple[str, str, type[Exception]]] = set()
-
-    def log(self, event: str, kind: str, error: Exception) -> None:
-        key = (event, kind, type(error))
-        if key not in self._logged:
-            self._logged.add(key)
-            self._logger.error("event=%s kind=%s error=%r further=counted_only", event, kind, str(error))
 
 
 class Beacon:
@@ -97,19 +84,19 @@ class Beacon:
         self._refresh_at = 0.0
         self._alive_at = 0.0
         self._progress = (-1, 0.0)  # the loop's, and since when
-        self._faults = FaultLog(log)
+        self._bulkhead = Bulkhead(self._count_fault, log)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Raises BroadcastError. The sockets, made here, belong to the thread from then on."""
+        """Make the sockets, which belong to the thread from then on, and start it. Raises BroadcastError."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._open(context)
         self._thread = threading.Thread(target=self._run, args=(context,), name="beacon", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """After the last publication; what was committed before the call is in it."""
+        """Publish once more and end; what was committed before the call is in that last snapshot."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
@@ -118,7 +105,8 @@ class Beacon:
         try:
             while not self._stopping.is_set():
                 self.turn()
-            self._guard("publish", self._publish)
+            with self._bulkhead.around("publish"):
+                self._publish()
         finally:
             context.destroy(linger=100)  # ms: the last snapshot's way out
 
@@ -145,11 +133,14 @@ class Beacon:
         events = dict(self._poller.poll(max(0, round((due - now) * 1000))))
         if self._lifeline.fileno() in events and self._lifeline.is_severed():
             self._on_orphaned()
-        self._guard("heartbeat", self._take_heartbeats)
-        self._guard("heartbeat", self._take_tables)
+        with self._bulkhead.around("heartbeat"):
+            self._take_heartbeats()
+        with self._bulkhead.around("heartbeat"):
+            self._take_tables()
         now = self._clock()
         if now >= self._refresh_at or (self._has_news() and now >= self._publish_at):
-            self._guard("publish", self._publish)
+            with self._bulkhead.around("publish"):
+                self._publish()
         if now >= self._alive_at:
             self._alive_at = now + ALIVE_S
             self._lifeline.report(Alive(progress=self._shared.progress, is_busy=self._shared.is_busy))
@@ -157,13 +148,8 @@ class Beacon:
     def _has_news(self) -> bool:
         return self._store.committed[0] != self._published
 
-    def _guard(self, where: str, action: Callable[[], None]) -> None:
-        """The beacon's bulkhead: a fault is counted, logged once a kind, and the beacon goes on (P8)."""
-        try:
-            action()
-        except Exception as error:  # noqa: BLE001
-            self._store.tally.inc(self._cells.faults[where])
-            self._faults.log("bulkhead", where, error)
+    def _count_fault(self, where: str) -> None:
+        self._store.tally.inc(self._cells.faults[where])
 
     # --- what comes in ---
 
@@ -199,7 +185,7 @@ class Beacon:
 
     def _reject(self, kind: str, error: Exception) -> None:
         self._store.tally.inc(self._cells.rejected[kind])
-        self._faults.log("wire_rejected", kind, error)
+        self._bulkhead.faults.rejected(kind, error)
 
     def _on_table(self, table: Deployment) -> None:
         """Tell the granter and the loop of every API server incarnation that has ended since the last table."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.schedule import Batch, IterationCounts, Recorder, RequestState, Runner, SampledToken, Scheduler
 from engine.wire import Finish, Output, Outputs, Start, Submit
+from metrics.bulkhead import Bulkhead
 
 ApiServer = tuple[int, int]  # (index, incarnation)
 
@@ -25,11 +26,12 @@ class EngineCore:
     """Scheduler, runner and recorder, and whose request is whose."""
 
     __slots__ = (
+        "_bulkhead",
         "_by_request",
         "_clock",
         "_incarnation",
         "_next_sequence_id",
-        "_on_fault",
+        "_on_sampling_fault",
         "_pending",
         "_recorder",
         "_runner",
@@ -44,18 +46,20 @@ class EngineCore:
         runner: Runner,
         recorder: Recorder,
         clock: Callable[[], float],
+        bulkhead: Bulkhead,
         *,
         incarnation: int = 1,
         iteration_log: Callable[[Batch], None] | None = None,
         on_iteration: Callable[[dict[str, Any]], None] | None = None,
-        on_fault: Callable[[Exception], None] | None = None,
+        on_sampling_fault: Callable[[str], None] = lambda fault: None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._recorder = recorder
         self._clock = clock
         self._incarnation = incarnation
-        self._on_fault = on_fault  # told of a fault of the record, after it was caught and counted
+        self._bulkhead = bulkhead
+        self._on_sampling_fault = on_sampling_fault  # told why a sequence has no next token, for the log
         self._next_sequence_id = 0
         self._by_request: dict[ApiServer, dict[int, RequestState]] = {}  # unfinished, by the sender's own id
         self._pending: dict[ApiServer, list[Output]] = {}  # refusals, for the next step
@@ -108,7 +112,7 @@ class EngineCore:
             self._set_gauges()
 
     def drop_api_server(self, api_server: ApiServer) -> None:
-        """It is gone: abort what it asked for, and forget it."""
+        """Abort what an API server that is gone has asked for, and forget it."""
         self.abort(api_server, list(self._by_request.get(api_server, ())))
         self._by_request.pop(api_server, None)
         self._pending.pop(api_server, None)
@@ -126,24 +130,20 @@ class EngineCore:
         return {server: Outputs(self._incarnation, at, rows) for server, rows in outputs.items()}
 
     def _iterate(self, batch: Batch, started: float, outputs: dict[ApiServer, list[Output]]) -> float:
-        """Run, update, record; add to `outputs`. The instant when the tokens were on the host."""
+        """Run, update, record; add to `outputs`. Returns the instant when the tokens were on the host."""
         if self.iteration_log is not None:
             self.iteration_log(batch)
         scheduled_at = self._clock()
         sampled = self._runner.run(batch)
         at = self._clock()
-        stepped = self._scheduler.update(batch, sampled, at)
+        stepped = self._scheduler.update(batch, sampled)
         self._add_outputs(stepped, sampled, outputs)
         self._set_gauges()
-        try:
+        with self._bulkhead.around("record"):
             self._recorder.iteration(batch.counts, at - started)
             self._recorder.stages(
                 schedule_s=scheduled_at - started, run_s=at - scheduled_at, record_s=self._clock() - at
             )
-        except Exception as fault:  # noqa: BLE001 - P8: the bulkhead around the record
-            self._recorder.faulted()
-            if self._on_fault is not None:
-                self._on_fault(fault)
         if self.on_iteration is not None:
             self.on_iteration(self._describe(batch.counts, at - started))
         return at
@@ -154,10 +154,11 @@ class EngineCore:
         sampled: Sequence[SampledToken],
         outputs: dict[ApiServer, list[Output]],
     ) -> None:
-        """One output for each sampled token, by API server, counted as sent; ended sequences are forgotten."""
-        num_refused = {server: len(rows) for server, rows in outputs.items()}
+        """One output for each sampled token or fault, by API server, tokens counted as sent; ended sequences are
+        forgotten."""
+        num_without_token = {server: len(rows) for server, rows in outputs.items()}
         ended = []
-        for request, (token_id, logprobs) in zip(stepped, sampled, strict=True):
+        for request, (token_id, logprobs, fault) in zip(stepped, sampled, strict=True):
             finish = start = None
             if request.finish_reason is not None:
                 finish = _finish(request)
@@ -170,12 +171,16 @@ class EngineCore:
             rows = None if logprobs is None else [logprobs]
             output = Output(request.request_id, first_index, [token_id], rows, finish, start)
             server = request.api_server
+            if fault is not None:
+                output = Output(request.request_id, first_index + 1, [], None, finish, start)
+                num_without_token[server] = num_without_token.get(server, 0) + 1
+                self._on_sampling_fault(fault)
             if server in outputs:
                 outputs[server].append(output)
             else:
                 outputs[server] = [output]
         for server, made in outputs.items():
-            self._recorder.sent(server[0], len(made) - num_refused.get(server, 0))
+            self._recorder.sent(server[0], len(made) - num_without_token.get(server, 0))
         if ended:
             self._runner.release(ended)
 

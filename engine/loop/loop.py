@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Final
 
 import zmq
 
 from engine import wire
 from engine.config import EngineConfig
-from engine.loop.beacon import FaultLog, Shared
+from engine.loop.beacon import Shared
 from engine.loop.console import Console
 from engine.loop.core import ApiServer, EngineCore
 from engine.schedule import Recorder
 from engine.wire import Abort, Goodbye, Hello, Outputs, Submit, WireError
+from metrics.bulkhead import Bulkhead
 from metrics.files import TallyStore
 from metrics.usage import ProcessMetrics
 
@@ -45,7 +45,7 @@ class EngineLoop:
         store: TallyStore,
         router: zmq.Socket[bytes],
         shared: Shared,
-        faults: FaultLog,
+        bulkhead: Bulkhead,
     ) -> None:
         self._config = config
         self._core = core
@@ -56,16 +56,11 @@ class EngineLoop:
         self._console = Console(store.tally, time.monotonic())
         self._process = ProcessMetrics(store.tally)
         self._rejected = store.tally.layout.cell("wholebatch:wire_rejected_total", kind="from_api_server")
-        layout = store.tally.layout
-        self._faults = {
-            where: layout.cell("wholebatch:bulkhead_errors_total", where=where)
-            for where in ("commit", "process", "console")
-        }
         self._known: dict[bytes, ApiServer] = {}  # routing identities that have said Hello
         self._greeted: set[int] = set()  # API-server indices that have said Hello in this engine's life
         self._oldest = [0] * config.num_api_servers  # by index: earlier incarnations are known to have ended
         self._given_up: set[bytes] = set()  # identities that took no more, and have not been told of it yet
-        self._fault_log = faults
+        self._bulkhead = bulkhead
         self._housekeeping_at = 0.0
 
     def turn(self) -> None:
@@ -95,8 +90,10 @@ class EngineLoop:
         now = time.monotonic()
         if now >= self._housekeeping_at:
             self._housekeeping_at = now + HOUSEKEEPING_S
-            self._guard("process", self._process.update)
-            self._guard("console", lambda: self._log_stats(now))
+            with self._bulkhead.around("process"):
+                self._process.update()
+            with self._bulkhead.around("console"):
+                self._log_stats(now)
             for identity in list(self._given_up):
                 self._say_goodbye(identity, "it took no more messages")
             has_news = True
@@ -110,15 +107,8 @@ class EngineLoop:
 
     def commit(self) -> None:
         """Make durable what was counted."""
-        self._guard("commit", self._store.commit)
-
-    def _guard(self, where: str, action: Callable[[], None]) -> None:
-        """The loop's bulkhead: a fault of the statistics is counted, logged once a kind, and serving goes on (P8)."""
-        try:
-            action()
-        except Exception as error:  # noqa: BLE001
-            self._store.tally.inc(self._faults[where])
-            self._fault_log.log("bulkhead", where, error)
+        with self._bulkhead.around("commit"):
+            self._store.commit()
 
     # --- receive ---
 
@@ -140,7 +130,7 @@ class EngineLoop:
                 self._handle(identity, wire.decode_from_api_server(b"".join(parts)))
             except WireError as error:
                 self._store.tally.inc(self._rejected)
-                self._fault_log.log("wire_rejected", "from_api_server", error)
+                self._bulkhead.faults.rejected("from_api_server", error)
         return has_news
 
     def _handle(self, identity: bytes, message: Hello | Submit | Abort) -> None:
@@ -156,7 +146,7 @@ class EngineLoop:
             self._core.abort(api_server, message.request_ids)
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
-        """A new pair of incarnations: what this API server was sent and says it never received is lost."""
+        """Begin with this incarnation of an API server: what its index was sent and says it never received is lost."""
         api_server = wire.parse_identity(identity)
         if api_server != (hello.api_server, hello.incarnation) or hello.api_server >= self._config.num_api_servers:
             raise WireError(f"Hello of {hello.api_server}.{hello.incarnation} from {identity!r}")
@@ -176,8 +166,8 @@ class EngineLoop:
         log.info("event=hello api_server=%d incarnation=%d lost_tokens=%d", *api_server, num_lost)
 
     def _say_goodbye(self, identity: bytes, reason: str) -> None:
-        """To one that is there; with no room for it, it is said later: without it, whoever was given up would wait for
-        its tokens for ever."""
+        """Tell an API server that this engine does not know it (any more). Where its queue is full, it is told later:
+        otherwise it would wait for its tokens for ever."""
         self._given_up.discard(identity)
         try:
             self._router.send_multipart([identity, wire.encode(Goodbye(self._config.incarnation, reason))], zmq.NOBLOCK)
@@ -187,7 +177,7 @@ class EngineLoop:
             return  # it is gone as well
 
     def _drop(self, api_server: ApiServer, why: str) -> None:
-        """Its requests are aborted, its connection is known no more."""
+        """Abort the requests of an API server, and forget its connection."""
         identity = wire.identity(*api_server)
         self._given_up.discard(identity)
         if self._known.pop(identity, None) is not None:

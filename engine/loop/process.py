@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import hashlib
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final, Protocol
 
 import setproctitle
@@ -24,12 +27,13 @@ import zmq
 from engine import wire
 from engine.config import EngineConfig, engine_config_from_json
 from engine.host import share
-from engine.loop.beacon import Beacon, FaultLog, Shared
+from engine.loop.beacon import Beacon, Shared
 from engine.loop.core import EngineCore
 from engine.loop.loop import EngineLoop, bind_router
 from engine.schedule import Batch, BlockPool, Recorder, Runner, Scheduler
 from engine.wire import Alive, Facts, Failed, Lifeline, Ready
 from metrics.broadcast import BroadcastError
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
 from metrics.files import StoreError, TallyStore, tally_path
 from metrics.layout import Layout, Shape, build_layout
@@ -69,7 +73,7 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
     facts = config.facts
     try:
         return TorchRunner.load(
-            config.model,
+            replace(config.model, seed=own_seed(config)),
             config.cache,
             config.scheduler,
             max_model_len_fixed=None if facts is None else facts.max_model_len,
@@ -80,8 +84,19 @@ def load_runner(config: EngineConfig, progress: Callable[[str], None]) -> ModelR
         )
     except ModelError as error:
         raise CannotServeError(str(error)) from error
-    except MemoryError as error:
-        raise CannotServeError(f"{config.model.path}: not enough memory: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch has no class of its own for it
+            raise
+        reason = str(error).partition("\n")[0]
+        raise CannotServeError(f"{config.model.path}: not enough memory: {reason}") from error
+
+
+def own_seed(config: EngineConfig) -> int:
+    """The seed of this engine incarnation's unseeded samples: no two share one, else they would draw alike."""
+    if config.model.seed is None:
+        return secrets.randbits(64)
+    key = f"{config.model.seed} {config.index} {config.incarnation}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 def _chosen_threads() -> int | None:
@@ -134,8 +149,8 @@ def run(config: EngineConfig, runner: ModelRunner, lifeline: Lifeline) -> None:
     router = bind_router(context, wire.work_endpoint(config.directory, config.index, config.incarnation))
     shared = Shared()
     beacon = Beacon(config, layout, store, shared, lifeline)
-    faults = FaultLog(log)
-    loop = EngineLoop(config, make_core(config, runner, recorder, faults), recorder, store, router, shared, faults)
+    bulkhead = Bulkhead(recorder.faulted, log)
+    loop = EngineLoop(config, make_core(config, runner, recorder, bulkhead), recorder, store, router, shared, bulkhead)
     beacon.start()
     gc.collect()
     gc.freeze()  # Measured: a collection that walks all that loading made stops the loop for 12 ms
@@ -161,7 +176,7 @@ def _layout(config: EngineConfig, runner: ModelRunner) -> Layout:
     return build_layout(ENGINE, shape)
 
 
-def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, faults: FaultLog) -> EngineCore:
+def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, bulkhead: Bulkhead) -> EngineCore:
     """The engine without its sockets."""
     pool = BlockPool(runner.num_blocks, runner.block_size, config.cache.enable_prefix_caching)
     scheduler = Scheduler(
@@ -178,9 +193,12 @@ def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, fau
         runner,
         recorder,
         time.monotonic,
+        bulkhead,
         incarnation=config.incarnation,
         iteration_log=_log_iteration if config.stats.log_iteration_details else None,
-        on_fault=lambda fault: faults.log("bulkhead", "record", fault),
+        on_sampling_fault=lambda fault: bulkhead.faults.once(
+            "sequence_fault", f"event=sequence_fault kind=sampling error={fault!r} further=counted_only"
+        ),
     )
 
 

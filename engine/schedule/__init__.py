@@ -1,4 +1,8 @@
-"""Which tokens run in an iteration, and what that iteration counts. Pure."""
+"""Which tokens run in an iteration, and what that iteration counts. Pure.
+
+Street: both. Here work becomes truth: the scheduler decides what a batch consists of, and its own counts are what the
+recorder writes down. Nothing is counted from what comes back.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from engine.schedule.block_pool import BlockPool
 from engine.schedule.record import Recorder
 from engine.schedule.request import RequestState
 from engine.schedule.scheduler import Scheduler
-from engine.wire import SamplingParams, TokenLogprobs
+from engine.wire import LEAST_TEMPERATURE, SamplingParams, TokenLogprobs
 
 __all__ = [
+    "LEAST_TEMPERATURE",
     "Batch",
     "BlockPool",
     "IterationCounts",

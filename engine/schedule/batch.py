@@ -38,7 +38,7 @@ class ScheduledSequence:
 
 @dataclass(slots=True)
 class IterationCounts:
-    """What one scheduled batch consists of, counted where it was decided; words as in the README.
+    """What one scheduled batch consists of, counted where it was decided; words as in metrics/README.md.
 
     Invariant: num_prefill_tokens + num_decode_tokens is the number of scheduled tokens. Decode is one scheduled
     position, the newest token, of a sequence whose prompt is computed; everything else is prefill, so also the last
@@ -57,6 +57,7 @@ class IterationCounts:
     num_generated_tokens: int = 0
     num_completed_prompt_tokens: int = 0  # whole prompts of the sequences whose prefill this batch completed
     num_completed_cached_tokens: int = 0  # of these, found in the prefix cache
+    num_sampling_faults: int = 0  # sequences that ended because no token could be sampled
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -83,14 +84,15 @@ class Batch:
 
 
 class SampledToken(NamedTuple):
-    """One sampled token."""
+    """One sampled token; or none, where `fault` says why this sequence has no next token. Only that sequence ends."""
 
     token_id: int
     logprobs: TokenLogprobs | None
+    fault: str | None = None
 
 
 class Runner(Protocol):
-    """Whatever computes batches: the model, or a stand-in for tests and for measuring the loop alone."""
+    """What computes batches: the model, or a stand-in for tests and for measuring the loop alone."""
 
     def run(self, batch: Batch) -> list[SampledToken]:
         """Compute the batch. One sampled token per sequence with `samples`, in the batch's order."""

@@ -1,7 +1,8 @@
-"""What an iteration ran, as increments of the engine's tally; the only writer of engine scope. Pure.
+"""What an iteration ran, as increments of the engine's tally. Pure.
 
-The scheduler decides and counts (`IterationCounts`), the recorder writes it down, the loop commits and only then
-sends. Nothing here is counted from what comes back to an API server: that is the whole point.
+The scheduler decides and counts (`IterationCounts`), the recorder writes it down, the loop commits and only then sends.
+The beacon counts what it alone sees, in cells of its own. Nothing here is counted from what comes back to an API
+server: that is the whole point.
 
 A new whole-iteration histogram is one declaration in `metrics.catalogue.engine` and one line in HISTOGRAMS below. Cells
 are resolved by name once, at construction; every method is a few array operations, whatever the batch size.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from engine.schedule.batch import IterationCounts
-from metrics.catalogue import FINISHED_REASONS, LOST_REASONS, PHASES, STAGES
+from metrics.catalogue import BULKHEADS, FINISHED_REASONS, LOST_REASONS, PHASES, STAGES
 from metrics.layout import Layout
 from metrics.tally import Tally
 
@@ -44,6 +45,7 @@ COUNTERS: Final[Mapping[str, Callable[[IterationCounts], float]]] = {
     "vllm:prompt_tokens_cached_total": lambda c: c.num_completed_cached_tokens,
     "wholebatch:prompt_tokens_computed_total": lambda c: c.num_prompt_tokens_computed,
     "wholebatch:recomputed_tokens_total": lambda c: c.num_recomputed_tokens,
+    "wholebatch:sampling_faults_total": lambda c: c.num_sampling_faults,
 }
 
 
@@ -83,7 +85,7 @@ class Recorder:
         self._iterations = {p: cell("wholebatch:iterations_total", phase=p) for p in PHASES}
         self._durations = {p: histogram("wholebatch:iteration_duration_seconds", phase=p) for p in PHASES}
         self._stages = [cell("wholebatch:iteration_stage_seconds_total", stage=s) for s in STAGES]
-        self._faults = cell("wholebatch:bulkhead_errors_total", where="record")
+        self._faults = {where: cell("wholebatch:bulkhead_errors_total", where=where) for where in BULKHEADS}
         self._accepted = cell("wholebatch:sequences_accepted_total")
         self._finished = {
             reason: cell("wholebatch:sequences_finished_total", finished_reason=reason) for reason in FINISHED_REASONS
@@ -138,9 +140,9 @@ class Recorder:
             if seconds:
                 self._tally.inc(cell, seconds)
 
-    def faulted(self) -> None:
-        """A fault of this record was caught."""
-        self._tally.inc(self._faults)
+    def faulted(self, where: str) -> None:
+        """A bulkhead of the engine's loop caught a fault."""
+        self._tally.inc(self._faults[where])
 
     def gauges(self, running: int, waiting_capacity: int, waiting_deferred: int, kv_usage: float) -> None:
         numbers = (running, waiting_capacity + waiting_deferred, waiting_capacity, waiting_deferred)

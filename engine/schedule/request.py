@@ -26,9 +26,7 @@ class RequestState:
         "block_table",
         "end_token_ids",
         "finish_reason",
-        "first_token_at",
         "high_water",
-        "last_token_at",
         "length_limit",
         "message",
         "num_cached_tokens",
@@ -79,16 +77,6 @@ class RequestState:
         self.end_token_ids: frozenset[int] = frozenset()  # any of these may end it
         self.arrived_at = arrived_at
         self.scheduled_at = 0.0  # the first time
-        self.first_token_at = 0.0
-        self.last_token_at = 0.0
         self.finish_reason: str | None = None
         self.stop_token_id: int | None = None
         self.message: str | None = None  # why, when it ends by error
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        return self.token_ids[: self.num_prompt_tokens]

@@ -183,7 +183,7 @@ class Scheduler:
         return self._in_flight
 
     def _schedule_decodes(self, counts: IterationCounts) -> list[RequestState]:
-        """Schedule whoever needs one position; the other running requests are returned. The loop that is paid for
+        """Schedule every request that needs one position and return the other running ones. This loop costs time for
         every token."""
         scheduled, block_size, budget = self._scheduled, self._pool.block_size, self._budget
         prefills = []
@@ -279,9 +279,9 @@ class Scheduler:
 
     # --- after the iteration ---
 
-    def update(self, batch: Batch, sampled: Sequence[SampledToken], now: float) -> list[RequestState]:
+    def update(self, batch: Batch, sampled: Sequence[SampledToken]) -> list[RequestState]:
         """Book what ran: positions are computed, sampled tokens appended, what is complete ended. The request of each
-        sampled token, in the batch's order; its `finish_reason` says whether the token was its last."""
+        sampled token or fault, in the batch's order; its `finish_reason` says whether it has ended with that."""
         assert batch is self._in_flight, "update what was scheduled last"
         self._in_flight = None
         if self._pace is not None:
@@ -300,18 +300,23 @@ class Scheduler:
                 self._cache_blocks(request, start // block_size, computed // block_size)
             if computed < len(request.token_ids):
                 continue
-            token_id = sampled[len(stepped)].token_id
+            token_id, _, fault = sampled[len(stepped)]
             if computed == request.num_prompt_tokens:
-                self._note_first_token(request, batch.counts, now)
-            request.token_ids.append(token_id)
-            request.last_token_at = now
+                _note_completed_prompt(request, batch.counts)
             stepped.append(request)
+            if fault is not None:
+                request.message = fault
+                self._end(request, "error")
+                batch.counts.num_sampling_faults += 1
+                has_ended = True
+                continue
+            request.token_ids.append(token_id)
             if (computed + 1 >= request.length_limit or token_id in request.end_token_ids) and self._is_complete(
                 request, token_id
             ):
                 has_ended = True
         assert len(stepped) == len(sampled), f"{len(sampled)} tokens sampled for {len(stepped)} sequences"
-        batch.counts.num_generated_tokens = len(stepped)
+        batch.counts.num_generated_tokens = len(stepped) - batch.counts.num_sampling_faults
         if has_ended:
             self._running = [request for request in self._running if request.finish_reason is None]
         return stepped
@@ -321,11 +326,6 @@ class Scheduler:
         extend_hashes(request.block_hashes, request.token_ids, self._pool.block_size, end)
         for index in range(first, end):
             self._pool.cache(request.block_table[index], request.block_hashes[index])
-
-    def _note_first_token(self, request: RequestState, counts: IterationCounts, now: float) -> None:
-        request.first_token_at = now
-        counts.num_completed_prompt_tokens += request.num_prompt_tokens
-        counts.num_completed_cached_tokens += request.num_cached_tokens
 
     def _is_complete(self, request: RequestState, token_id: int) -> bool:
         """End the request if this token, appended already, was its last."""
@@ -357,3 +357,8 @@ class Scheduler:
     def _release_blocks(self, request: RequestState) -> None:
         self._pool.free(request.block_table)
         request.block_table.clear()
+
+
+def _note_completed_prompt(request: RequestState, counts: IterationCounts) -> None:
+    counts.num_completed_prompt_tokens += request.num_prompt_tokens
+    counts.num_completed_cached_tokens += request.num_cached_tokens

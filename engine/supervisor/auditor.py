@@ -20,6 +20,7 @@ from typing import Final
 import numpy as np
 
 from engine.wire import Deployment
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER, AUDIT_LAWS, ENGINE, SUPERVISOR
 from metrics.files import StoreError, TallyReader, TallyStore, tally_path
 from metrics.laws import Finding, Samples, Status, check, check_running, is_idle, samples_of_tally
@@ -91,11 +92,9 @@ class Auditor:
         self._store = TallyStore.open(path, layout, incarnation=1, now_unix=time.time(), gauges_only=not log_stats)
         self._books = Books(self._store.tally)
         self._process = ProcessMetrics(self._store.tally)
-        self._faults = layout.cell("wholebatch:bulkhead_errors_total", where="audit")
-        self._commit_faults = layout.cell("wholebatch:bulkhead_errors_total", where="commit")
+        self._bulkhead = Bulkhead(self._count_fault, log)
         self._tallies: _Tallies | None = None
         self._earlier: Observation | None = None
-        self._logged: set[str] = set()
         self._housekeeping_at = 0.0
         self._audit_at = 0.0
 
@@ -104,21 +103,13 @@ class Auditor:
         if now < self._housekeeping_at:
             return
         self._housekeeping_at = now + HOUSEKEEPING_S
-        try:
+        with self._bulkhead.around("audit"):
             self._process.update()
             if now >= self._audit_at:
                 self._audit_at = now + AUDIT_S
                 self._audit(table)
-        except Exception as error:  # noqa: BLE001 - P8: the bulkhead; whatever is wrong here, the deployment goes on
-            self._store.tally.inc(self._faults)
-            self._log_once(
-                f"event=bulkhead where=audit error={str(error)!r} further=counted_only", type(error).__name__
-            )
-        try:
+        with self._bulkhead.around("commit"):
             self._store.commit()
-        except Exception as error:  # noqa: BLE001 - the same
-            self._store.tally.inc(self._commit_faults)
-            self._log_once(f"event=bulkhead where=commit error={str(error)!r} further=counted_only", "commit")
 
     def close(self) -> None:
         """Let go of the files."""
@@ -150,12 +141,11 @@ class Auditor:
                     f"event=audit_violation law={finding.law} engine={finding.engine or '-'}"
                     f" imbalance={finding.imbalance:g} what={finding.sentence!r} detail={finding.detail!r}"
                 )
-                self._log_once(line, f"{finding.law}.{finding.engine}")
+                self._bulkhead.faults.once((finding.law, finding.engine), line)
 
-    def _log_once(self, line: str, kind: str) -> None:
-        if kind not in self._logged:
-            self._logged.add(kind)
-            log.error(line)
+    def _count_fault(self, where: str) -> None:
+        tally = self._store.tally
+        tally.inc(tally.layout.cell("wholebatch:bulkhead_errors_total", where=where))
 
 
 class _Tallies:

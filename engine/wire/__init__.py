@@ -1,4 +1,8 @@
-"""The contract between processes: messages, the deployment table, reports, and what a child is told at its start."""
+"""The contract between processes: messages, the deployment table, reports, and what a child is told at its start.
+
+Street: work. It is all of the engine that `frontend` may import. Whatever comes from another process is checked where
+it is decoded; what does not fit raises an error, and the receiver counts it and drops it.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +38,21 @@ from engine.wire.messages import (
     parse_identity,
     work_endpoint,
 )
-from engine.wire.sampling import MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from engine.wire.sampling import (
+    GREATEST_REPETITION_PENALTY,
+    LEAST_REPETITION_PENALTY,
+    LEAST_TEMPERATURE,
+    MAX_LOGPROBS,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 __all__ = [
     "DEPLOYMENT_TOPIC",
     "FINISH_REASONS",
+    "GREATEST_REPETITION_PENALTY",
+    "LEAST_REPETITION_PENALTY",
+    "LEAST_TEMPERATURE",
     "MAX_LOGPROBS",
     "Abort",
     "Alive",

@@ -6,11 +6,14 @@ a message from another process is input from outside.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 MAX_LOGPROBS = 20
+# What float32 can compute with, whatever a model's (finite) logits are. Lower temperatures are raised to the least, as
+# vLLM does; 0 stays greedy.
+LEAST_TEMPERATURE = 0.01
+LEAST_REPETITION_PENALTY, GREATEST_REPETITION_PENALTY = 0.01, 100.0
 
 
 class TokenLogprobs(NamedTuple):
@@ -25,7 +28,8 @@ class TokenLogprobs(NamedTuple):
 class SamplingParams:
     """One sequence's sampling parameters; names and defaults are OpenAI's and vLLM's.
 
-    `temperature` 0 is greedy. `top_k` 0 means no limit. `seed` None lets the engine draw one.
+    `temperature` 0 is greedy; between 0 and LEAST_TEMPERATURE it counts as that. `top_k` 0 means no limit. `seed` None
+    lets the engine draw one.
     `logit_bias` is (token id, bias) pairs. `logprobs` is how many alternatives to report beside the sampled
     token (0: only the sampled token's own), None for none.
     """
@@ -52,12 +56,12 @@ class SamplingParams:
             ("min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens),
             ("temperature", self.temperature, 0.0 <= self.temperature <= 2.0),
             ("top_p", self.top_p, 0.0 < self.top_p <= 1.0),
-            ("top_k", self.top_k, self.top_k >= 0),
+            ("top_k", self.top_k, 0 <= self.top_k < 2**31),
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0),
             (
                 "repetition_penalty",
                 self.repetition_penalty,
-                self.repetition_penalty > 0.0 and math.isfinite(self.repetition_penalty),
+                LEAST_REPETITION_PENALTY <= self.repetition_penalty <= GREATEST_REPETITION_PENALTY,
             ),
             ("presence_penalty", self.presence_penalty, -2.0 <= self.presence_penalty <= 2.0),
             ("frequency_penalty", self.frequency_penalty, -2.0 <= self.frequency_penalty <= 2.0),

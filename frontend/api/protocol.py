@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
-from engine.wire import MAX_LOGPROBS, SamplingParams
+from engine.wire import GREATEST_REPETITION_PENALTY, LEAST_REPETITION_PENALTY, MAX_LOGPROBS, SamplingParams
 from frontend.errors import BadRequest
 
 MAX_N: Final = 128
@@ -88,6 +88,9 @@ class _Model(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
+AT_RANDOM: Final = -1  # a seed that asks for none, as many clients say it
+
+
 class StreamOptions(_Model):
     """`include_usage`: one last chunk that says how many tokens there were."""
 
@@ -114,7 +117,7 @@ class GenerationRequest(_Model):
     # vLLM's
     top_k: int = Field(0, ge=-1, lt=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=LEAST_REPETITION_PENALTY, le=GREATEST_REPETITION_PENALTY)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     stop_token_ids: list[int] = Field([], max_length=MAX_LIST)
@@ -183,7 +186,7 @@ class GenerationRequest(_Model):
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            seed=self.seed,
+            seed=None if self.seed == AT_RANDOM else self.seed,
             logit_bias=tuple(self.logit_bias.items()),
             logprobs=self.wanted_logprobs,
             stop_token_ids=tuple(dict.fromkeys(self.stop_token_ids)),

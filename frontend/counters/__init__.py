@@ -1,8 +1,10 @@
-"""What one API server counts of its own requests, and when that is committed."""
+"""What one API server counts of its own requests, and when that is committed.
+
+Street: truth. Counts go into the server's tally; nothing is handed to a client before the commit that counts it (P4).
+"""
 
 from __future__ import annotations
 
-from frontend.counters.bulkhead import Bulkhead
 from frontend.counters.group_commit import GroupCommit, Party
 from frontend.counters.request_record import (
     OBSERVED_REASONS,
@@ -16,7 +18,6 @@ from frontend.counters.request_record import (
 __all__ = [
     "OBSERVED_REASONS",
     "REASON_ORDER",
-    "Bulkhead",
     "EngineRecord",
     "EngineTimes",
     "FinishedRequest",

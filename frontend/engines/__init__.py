@@ -1,4 +1,8 @@
-"""The client side of the wire: connections to engines, and the requests on them."""
+"""The client side of the wire: connections to engines, and the requests on them.
+
+Street: work. It says which engine gets a request and whether one more may wait, and holds every token that arrives
+until it is counted as delivered or undelivered (P6).
+"""
 
 from __future__ import annotations
 

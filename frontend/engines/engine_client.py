@@ -28,6 +28,7 @@ from frontend.engines.routing import Router
 from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests
 from frontend.origin import ORIGIN
 from frontend.sockets import Messages, SocketReader
+from metrics.bulkhead import FaultLog
 from metrics.catalogue import ENGINE
 
 __all__ = ["Delta", "EngineClients", "Generation", "SamplingParams"]
@@ -171,7 +172,7 @@ class EngineClients:
         self._request_ids = itertools.count(1)
         self._connections: list[EngineConnection | None] = [None] * len(record.engines)
         self._not_before = [0.0] * len(record.engines)  # when to connect again, after a Goodbye
-        self._has_logged_rejection = False
+        self._faults = FaultLog(log)
         self.router = Router(len(record.engines))
 
     @property
@@ -292,9 +293,7 @@ class EngineClients:
 
     def _on_rejected(self, error: WireError) -> None:
         self._record.wire_rejected("from_engine")
-        if not self._has_logged_rejection:
-            self._has_logged_rejection = True
-            log.error("event=wire_rejected kind=from_engine error=%r further=counted_only", str(error))
+        self._faults.rejected("from_engine", error)
 
 
 def _nth(sampling: SamplingParams, index: int) -> SamplingParams:

@@ -1,4 +1,8 @@
-"""What a scrape is answered with: whose series may be exported, until when, and in which form."""
+"""What a scrape is answered with: whose series may be exported, until when, and in which form.
+
+Street: truth, its last stretch. An engine's series are written only while a lease is held for them (P2), and any API
+server gives the same answer (P5).
+"""
 
 from __future__ import annotations
 

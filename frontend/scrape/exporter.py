@@ -11,7 +11,6 @@ Times are CLOCK_BOOTTIME: it goes on while the process is stopped and while the 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,16 +19,15 @@ from typing import Final
 
 import zmq
 
-from frontend.counters import Bulkhead, RequestRecord
+from frontend.counters import RequestRecord
 from frontend.engines import Identity
 from frontend.sockets import Messages, SocketReader
 from metrics import broadcast
+from metrics.bulkhead import Bulkhead
 from metrics.election import Holder
 from metrics.files import NOTHING, Held, HeldReader, HeldWriter
 from metrics.layout import Layout
 from metrics.snapshot import Grant, Position, Snapshot, SnapshotError, decode_snapshot, encode
-
-log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 0.1
 SERIES_DEADLINE_S: Final = 0.25
@@ -112,7 +110,6 @@ class Exporter:
         self._writer = HeldWriter(directory, identity.index, len(engines))
         self._others = HeldReader(directory, num_api_servers, len(engines))
         self._beating = asyncio.create_task(self._beat(min(HEARTBEAT_S, lease_s / 6)))
-        self._has_logged_rejection = False
 
     # --- what may be exported ---
 
@@ -204,9 +201,7 @@ class Exporter:
 
     def _on_rejected(self, error: SnapshotError) -> None:
         self._record.wire_rejected("snapshot")
-        if not self._has_logged_rejection:
-            self._has_logged_rejection = True
-            log.error("event=wire_rejected kind=snapshot error=%r further=counted_only", str(error))
+        self._bulkhead.faults.rejected("snapshot", error)
 
     async def _beat(self, interval_s: float) -> None:
         while True:

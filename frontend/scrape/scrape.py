@@ -33,7 +33,7 @@ from metrics.exposition import (
     add_up,
     scrape_part,
 )
-from metrics.files import Slots, StoreError, Tallies, TallyReader, exemplars_path, read_exemplars, tally_path
+from metrics.files import Entries, StoreError, Tallies, TallyReader, exemplars_path, read_exemplars, tally_path
 from metrics.layout import Layout, Shape, build_layout
 from metrics.usage import python_info
 
@@ -143,7 +143,7 @@ class Scrape:
             role: Processes(directory, role, num, layouts[role], log_stats=log_stats) for role, num in nums.items()
         }
         layout = layouts[API_SERVER]
-        self._slots = Slots(layout)
+        self._entries = Entries(layout)
         self._exemplar_paths = [exemplars_path(directory, API_SERVER, i) for i in range(shape.num_api_servers)]
         self._own = TallyReader(tally_path(directory, API_SERVER, index), layout)
         self._own_process = process_template(layout, None, log_stats=log_stats)
@@ -240,7 +240,7 @@ class Scrape:
 
     def _exemplars(self, paths: Sequence[str], asked: ScrapeRequest) -> Exemplars:
         """Nothing is read for a format that has none."""
-        return read_exemplars(paths, self._slots) if asked.form.is_openmetrics else {}
+        return read_exemplars(paths, self._entries) if asked.form.is_openmetrics else {}
 
     def _engine_parts(self, fresh: Engines, engines: Sequence[int]) -> list[Part]:
         """The series of those that are fresh; of the others only that they are absent."""

@@ -1,4 +1,7 @@
-"""Text to token ids and back, by the model's own tokenizer and chat template."""
+"""Text to token ids and back, by the model's own tokenizer and chat template.
+
+Street: work. Text exists only in the API servers: engines know token ids.
+"""
 
 from __future__ import annotations
 

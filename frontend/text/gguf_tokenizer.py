@@ -1,36 +1,23 @@
 """A tokenizer out of a GGUF file's metadata: token texts, types, merges or scores, and the pre-tokenizer's name. Pure.
 
 Two models: `gpt2` is byte-level BPE with the file's merges; `llama` is SentencePiece BPE, whose merges follow from the
-scores, with single bytes for what has no token. A pre-tokenizer that is not in the table is an error: a guess would
-tokenise almost right, and the model would be almost good.
+scores, with single bytes for what has no token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Final
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
+
+from frontend.text.pre_tokenizers import PRE_TOKENIZERS
 
 # Values of tokenizer.ggml.token_type. Source: the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE: Final = "▁"  # how SentencePiece writes a space
-
-# Patterns that cut text into words before BPE. Source: the tokenizer.json of the model family named.
-_WORD: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2: Final = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN: Final = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_DEFAULT: Final = (r"[\p{P}\$\+<=>\^~\|]+", _WORD, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 
 class TokenizerError(ValueError):
@@ -46,61 +33,12 @@ class TokenizerParts:
     chat_template: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _PreTokenizer:
-    make: Callable[[], pre_tokenizers.PreTokenizer]
-    ignore_merges: bool = False  # a word that is a token is that token, whatever the merges say
-    normalizer: Callable[[], normalizers.Normalizer] | None = None
-
-
-def _split(*patterns: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
-    def make() -> pre_tokenizers.PreTokenizer:
-        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-        return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-    return make
-
-
-def _words() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def _digits_then_words() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _words()])
-
-
-_GPT2 = _PreTokenizer(_words)
-_SMOLLM = _PreTokenizer(_digits_then_words)
-_LLAMA3_PRE = _PreTokenizer(_split(_LLAMA3), ignore_merges=True)
-_QWEN2_PRE = _PreTokenizer(_split(_QWEN2), normalizer=normalizers.NFC)
-
-PRE_TOKENIZERS: Final[dict[str, _PreTokenizer]] = {
-    "default": _PreTokenizer(_split(*_DEFAULT)),
-    "gpt-2": _GPT2,
-    "phi-2": _GPT2,
-    "mpt": _GPT2,
-    "olmo": _GPT2,
-    "smollm": _SMOLLM,
-    "starcoder": _SMOLLM,
-    "refact": _SMOLLM,
-    "codeshell": _SMOLLM,
-    "command-r": _SMOLLM,
-    "llama-bpe": _LLAMA3_PRE,
-    "llama3": _LLAMA3_PRE,
-    "llama-v3": _LLAMA3_PRE,
-    "falcon3": _LLAMA3_PRE,
-    "qwen2": _QWEN2_PRE,
-    "deepseek-r1-qwen": _QWEN2_PRE,
-    "tekken": _PreTokenizer(_split(_TEKKEN), ignore_merges=True),
-}
-
-
 def gguf_tokenizer(metadata: dict[str, Any]) -> TokenizerParts:
     """Raises TokenizerError."""
     kind = metadata.get("tokenizer.ggml.model")
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in makers:
-        raise TokenizerError(f"the GGUF tokenizer model is {kind!r}, known are {', '.join(makers)}")
+    if not isinstance(kind, str) or kind not in makers:
+        raise TokenizerError(f"the GGUF tokenizer model is {reprlib.repr(kind)}, known are {', '.join(makers)}")
     vocabulary = _Vocabulary(metadata)
     tokenizer = makers[kind](metadata, vocabulary)
     tokenizer.add_special_tokens(vocabulary.added(CONTROL, special=True))
@@ -143,7 +81,7 @@ class _Vocabulary:
         if index is None:
             return None
         if type(index) is not int or not 0 <= index < len(self.tokens):
-            raise TokenizerError(f"tokenizer.ggml.{name}_token_id is no token: {index!r}")
+            raise TokenizerError(f"tokenizer.ggml.{name}_token_id is no token: {reprlib.repr(index)}")
         return self.tokens[index]
 
     def special_tokens(self) -> dict[str, str]:
@@ -154,9 +92,9 @@ class _Vocabulary:
 
 def _byte_level(metadata: dict[str, Any], vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise TokenizerError(f"the GGUF pre-tokenizer is {name!r}, known are {known}")
+        raise TokenizerError(f"the GGUF pre-tokenizer is {reprlib.repr(name)}, known are {known}")
     pre = PRE_TOKENIZERS[name]
     merges = [_merge(text, vocabulary.ids) for text in vocabulary.list_of("merges", str)]
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges))
@@ -170,7 +108,7 @@ def _byte_level(metadata: dict[str, Any], vocabulary: _Vocabulary) -> tokenizers
 def _merge(text: str, ids: dict[str, int]) -> tuple[str, str]:
     left, _, right = text.partition(" ")
     if left not in ids or right not in ids or left + right not in ids:
-        raise TokenizerError(f"tokenizer.ggml.merges joins what are no tokens: {text!r}")
+        raise TokenizerError(f"tokenizer.ggml.merges joins what are no tokens: {reprlib.repr(text)}")
     return left, right
 
 

@@ -1,11 +1,12 @@
-"""Every metric, declared once; tally layouts, exposition, dashboards and the README's table are derived from it. Pure.
+"""Every metric, declared once; layouts, exposition, dashboards and documentation follow from it. Pure.
 
-Names, labels and bucket bounds of `vllm:*` are vLLM's, so that what people already run works unchanged; `wholebatch:*`
-is ours. Every label value is known when a deployment starts: no series is ever made by what a request says.
+Street: truth. Names, labels and bucket bounds of `vllm:*` are vLLM's, so that what people already run works unchanged;
+`wholebatch:*` is ours. Every label value is known when a deployment starts: no series is ever made by what a request
+says.
 
-To add a metric, add one declaration to `engine_metrics`, `request_metrics` or `process_metrics`, and one line where it
-is counted; a whole-iteration histogram is counted in `engine/schedule/record.py` and is then right at any number of API
-servers.
+To add a metric, add one declaration to `catalogue.engine`, `catalogue.request` or `catalogue.process`, and one line
+where it is counted; a whole-iteration histogram is counted in `engine/schedule/record.py` and is then right at any
+number of API servers.
 """
 
 from __future__ import annotations

@@ -232,6 +232,12 @@ ENGINE_METRICS: Final = (
     ),
     _engine(
         COUNTER,
+        "wholebatch:sampling_faults_total",
+        "sequences",
+        "Sequences that ended by `error` because no next token could be sampled for them.",
+    ),
+    _engine(
+        COUNTER,
         "wholebatch:lost_tokens_total",
         "tokens",
         "Generated tokens that were sent to an API server (by index) and never received, by which side's end lost "

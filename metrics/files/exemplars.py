@@ -1,10 +1,10 @@
-"""One request for each bucket of the latency histograms: what an exemplar is, and its slot in a file. Pure.
+"""One request for each bucket of the latency histograms: what an exemplar is, and its entry in a file. Pure.
 
 An exemplar names a request by an id only: the trace that the client sent it in, or else the id of its answer. Each API
 server keeps the newest of its own (`metrics.files.exemplar_store`); of several servers' the newest one is shown, so
-that it does not matter who answers (P5). There is one slot a bucket, for as long as a deployment lives (P9).
+that it does not matter who answers (P5). There is one entry a bucket, for as long as a deployment lives (P9).
 
-    offset  0   CRC, of what follows and of which bucket of which layout the slot is
+    offset  0   CRC, of what follows and of which bucket of which layout the entry is
             4   index in LABELS
             5   id, ASCII, padded with zeros
            48   value, time
@@ -32,8 +32,8 @@ ID_BYTES: Final = 43
 
 _CRC: Final = struct.Struct("<I")
 _CONTENT: Final = struct.Struct(f"<B{ID_BYTES}sdd")
-SLOT_BYTES: Final = _CRC.size + _CONTENT.size
-_UNIX: Final = np.dtype({"names": ["unix"], "formats": ["<f8"], "offsets": [SLOT_BYTES - 8], "itemsize": SLOT_BYTES})
+ENTRY_BYTES: Final = _CRC.size + _CONTENT.size
+_UNIX: Final = np.dtype({"names": ["unix"], "formats": ["<f8"], "offsets": [ENTRY_BYTES - 8], "itemsize": ENTRY_BYTES})
 
 
 class Origin(NamedTuple):
@@ -51,8 +51,8 @@ class Exemplar(NamedTuple):
     origin: Origin
 
 
-class Slots:
-    """Which bucket of a layout is where in a file of slots."""
+class Entries:
+    """Which bucket of a layout is where in a file of entries."""
 
     __slots__ = ("_seed", "cells", "num_bytes")
 
@@ -63,34 +63,34 @@ class Slots:
             if series.metric.name in FAMILIES
             for cell in range(series.offset, series.offset + series.num_cells - 1)  # all but the sum
         )
-        self.num_bytes = SLOT_BYTES * len(self.cells)
+        self.num_bytes = ENTRY_BYTES * len(self.cells)
         self._seed = zlib.crc32(layout.digest)
 
     def encode(self, cell: int, exemplar: Exemplar) -> bytes:
-        """The slot of a bucket."""
+        """The entry of a bucket."""
         label, identity = exemplar.origin
         content = _CONTENT.pack(LABELS.index(label), identity.encode("ascii"), exemplar.value, exemplar.unix)
         return _CRC.pack(zlib.crc32(content, self._seed ^ cell)) + content
 
     def newest(self, files: Iterable[bytes]) -> dict[int, Exemplar]:
         """Of each bucket, by its cell, the newest exemplar in any of the files; of one instant the first file's. Empty
-        slots, torn ones and those of another layout are left out, and files of another size."""
+        entries, torn ones and those of another layout are left out, and files of another size."""
         whole = [raw for raw in files if len(raw) == self.num_bytes]
-        times = np.array([np.frombuffer(raw, _UNIX)["unix"] for raw in whole])  # (num_files, num_slots)
+        times = np.array([np.frombuffer(raw, _UNIX)["unix"] for raw in whole])  # (num_files, num_entries)
         is_written = times > 0
         newest_first = np.argwhere(is_written)[np.argsort(-times[is_written], kind="stable")]
         found: dict[int, Exemplar] = {}
         for file, number in newest_first.tolist():
             cell = self.cells[number]
             if cell not in found:
-                exemplar = self._decode(cell, whole[file][number * SLOT_BYTES : (number + 1) * SLOT_BYTES])
+                exemplar = self._decode(cell, whole[file][number * ENTRY_BYTES : (number + 1) * ENTRY_BYTES])
                 if exemplar is not None:
                     found[cell] = exemplar
         return found
 
-    def _decode(self, cell: int, slot: bytes) -> Exemplar | None:
-        content = slot[_CRC.size :]
-        if zlib.crc32(content, self._seed ^ cell) != _CRC.unpack_from(slot)[0]:
+    def _decode(self, cell: int, entry: bytes) -> Exemplar | None:
+        content = entry[_CRC.size :]
+        if zlib.crc32(content, self._seed ^ cell) != _CRC.unpack_from(entry)[0]:
             return None
         label, padded, value, unix = _CONTENT.unpack(content)
         identity = padded.rstrip(b"\0")

@@ -2,14 +2,14 @@
 
 Engines broadcast their snapshots to every API server, so that of another's only the position is asked for: who answers
 a scrape exports exactly the snapshot at the position that the exporter holds, from those that it has heard itself. One
-writer, a slot an engine; a file is one size from the start (P9) and goes from an incarnation to the next. What ends the
-exporter's right ends it for whoever reads of it (P2):
+process writes a file, which has an entry for each engine and one size from the start (P9), and goes from an incarnation
+to the next. What ends the exporter's right ends it for every reader (P2):
 
     time            the instant is on CLOCK_BOOTTIME, which all processes of a host share
-    a resignation   the slot is emptied before it is sent
+    a resignation   the entry is emptied before it is sent
     its end         the writer locks its file, and the kernel lets go of the lock before anybody is told of the end
 
-A slot that is torn, by a kill, a freeze or being read meanwhile, has a wrong checksum and says nothing.
+An entry that is torn, by a kill, a freeze or being read meanwhile, has a wrong checksum and says nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from metrics.snapshot import NOWHERE, Position
 
 _CONTENT: Final = struct.Struct("<QQd")  # position (incarnation, sequence), instant
 _CRC: Final = struct.Struct("<I4x")
-_SLOT_BYTES: Final = _CONTENT.size + _CRC.size
+_ENTRY_BYTES: Final = _CONTENT.size + _CRC.size
 _FLOCK: Final = struct.Struct("hhqqi4x")  # Source: fcntl(2), 64-bit Linux: type, whence, start, length, pid
 _WHOLE_FILE: Final = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
@@ -50,7 +50,7 @@ class HeldWriter:
     """The exporter's side. Raises OSError where the file system refuses, or another process writes the file."""
 
     def __init__(self, directory: str, api_server: int, num_engines: int) -> None:
-        size = num_engines * _SLOT_BYTES
+        size = num_engines * _ENTRY_BYTES
         self._file = open(held_path(directory, api_server), "a+b")  # noqa: SIM115 - it is locked while it is open
         os.posix_fallocate(self._file.fileno(), 0, size)  # a full disk is an error here, not a SIGBUS
         self._map = mmap.mmap(self._file.fileno(), size)
@@ -59,23 +59,23 @@ class HeldWriter:
         fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _WHOLE_FILE)
 
     def hold(self, engine: int, held: Held) -> None:
-        """In place of what was held of this engine."""
+        """Write what is held of an engine from now on."""
         content = _CONTENT.pack(*held.position, held.expires_at)
-        offset = engine * _SLOT_BYTES
-        self._map[offset : offset + _SLOT_BYTES] = content + _CRC.pack(zlib.crc32(content))
+        offset = engine * _ENTRY_BYTES
+        self._map[offset : offset + _ENTRY_BYTES] = content + _CRC.pack(zlib.crc32(content))
 
     def close(self) -> None:
-        """As the end of the process does: it holds nothing any more."""
+        """Hold nothing any more, as after the end of the process."""
         self._map.close()
         self._file.close()
 
 
 class HeldReader:
-    """The side of whoever answers a scrape; keeps the files mapped between reads."""
+    """The side of an API server that answers a scrape; it keeps the files mapped between reads."""
 
     def __init__(self, directory: str, num_api_servers: int, num_engines: int) -> None:
         self._paths = [held_path(directory, index) for index in range(num_api_servers)]
-        self._size = num_engines * _SLOT_BYTES
+        self._size = num_engines * _ENTRY_BYTES
         self._opened: dict[int, tuple[BinaryIO, mmap.mmap]] = {}
 
     def read(self, api_server: int, engine: int) -> Held | None:
@@ -85,11 +85,11 @@ class HeldReader:
         if opened is None:
             return None
         file, mapped = opened
-        offset = engine * _SLOT_BYTES
-        slot = mapped[offset : offset + _SLOT_BYTES]
-        incarnation, sequence, expires_at = _CONTENT.unpack_from(slot)
-        (crc,) = _CRC.unpack_from(slot, _CONTENT.size)
-        if crc != zlib.crc32(slot[: _CONTENT.size]) or not _is_locked(file):
+        offset = engine * _ENTRY_BYTES
+        entry = mapped[offset : offset + _ENTRY_BYTES]
+        incarnation, sequence, expires_at = _CONTENT.unpack_from(entry)
+        (crc,) = _CRC.unpack_from(entry, _CONTENT.size)
+        if crc != zlib.crc32(entry[: _CONTENT.size]) or not _is_locked(file):
             return None
         return Held((incarnation, sequence), expires_at)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
-from metrics.laws import Labels, Samples
+from metrics.laws import LabelSet, Samples
 
 START: Final = "process_start_time_seconds"
 
@@ -27,11 +27,11 @@ class Scrape:
 
     def __init__(self, samples: Samples, at: float) -> None:
         self.at = at
-        self._by_name: dict[str, dict[Labels, float]] = {}
+        self._by_name: dict[str, dict[LabelSet, float]] = {}
         for (name, labels), value in samples.items():
             self._by_name.setdefault(name, {})[labels] = value
 
-    def select(self, name: str, labels: Iterable[tuple[str, str]] = ()) -> dict[Labels, float]:
+    def select(self, name: str, labels: Iterable[tuple[str, str]] = ()) -> dict[LabelSet, float]:
         """The series of that name that have these labels among theirs."""
         wanted = set(labels)
         return {have: value for have, value in self._by_name.get(name, {}).items() if wanted <= have}
@@ -68,7 +68,7 @@ class Window:
         """The later scrape's sum."""
         return self.later.total(name, labels.items())
 
-    def increases(self, name: str, **labels: str) -> dict[Labels, float] | None:
+    def increases(self, name: str, **labels: str) -> dict[LabelSet, float] | None:
         """By how much each series grew."""
         if self.earlier is None or not is_same_deployment(self.earlier, self.later):
             return None

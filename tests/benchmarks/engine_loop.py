@@ -5,6 +5,7 @@ The real core runs decode iterations with a runner that returns at once. Garbage
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from engine.schedule.block_pool import BlockPool
 from engine.schedule.record import Recorder
 from engine.schedule.scheduler import Scheduler
 from engine.wire import SamplingParams, Submit
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
@@ -47,7 +49,9 @@ def iterations_us(batch_size: int) -> list[float]:
         eos_token_ids=frozenset({2}),
         vocab_size=100_000,
     )
-    core = EngineCore(scheduler, InstantRunner(), Recorder(Tally(layout), layout, NUM_API_SERVERS), time.perf_counter)
+    recorder = Recorder(Tally(layout), layout, NUM_API_SERVERS)
+    bulkhead = Bulkhead(recorder.faulted, logging.getLogger(__name__))
+    core = EngineCore(scheduler, InstantRunner(), recorder, time.perf_counter, bulkhead)
     sampling = SamplingParams(max_tokens=NUM_ITERATIONS + 100)
     for number in range(batch_size):
         submit = Submit(number, 1, [number, 3, 4, 5][: 1 + number % 4], sampling)

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 from engine.config import DeploymentConfig, EngineConfig
 from engine.flags import parse
-from engine.loop.beacon import FaultLog
 from engine.loop.core import EngineCore
 from engine.loop.process import load_runner, make_core
 from engine.schedule.record import Recorder
 from engine.wire import Submit
 from engine.wire.sampling import SamplingParams
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
@@ -96,7 +96,8 @@ def main() -> None:
     config = engine_config(parse(flags, dict(os.environ)))
     runner = load_runner(config, lambda line: None)
     layout = build_layout(ENGINE, Shape(num_engines=1, num_api_servers=1, max_model_len=runner.max_model_len))
-    core = make_core(config, runner, Recorder(Tally(layout), layout, 1), FaultLog(logging.getLogger(__name__)))
+    recorder = Recorder(Tally(layout), layout, 1)
+    core = make_core(config, runner, recorder, Bulkhead(recorder.faulted, logging.getLogger(__name__)))
     asked = workload(args.sequences, args.lengths)
     generate(core, [Ask([1, 2, 3], 16)], first_id=NUM_SEQUENCES)  # a warm-up
     began = time.perf_counter()

@@ -6,6 +6,7 @@ one iteration is asked again, and timed, with a commit to a file in shared memor
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -22,6 +23,7 @@ from engine.schedule.record import Recorder
 from engine.schedule.scheduler import Scheduler
 from engine.wire import SamplingParams, Submit
 from metrics.broadcast import TOPIC_TALLY, Publisher, snapshot_endpoint
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
 from metrics.files.store import TallyStore, tally_path
 from metrics.layout import Shape, build_layout
@@ -75,7 +77,8 @@ def record_and_commit_us(batch_size: int, directory: str) -> list[float]:
         eos_token_ids=frozenset(),
         vocab_size=100,
     )
-    core = EngineCore(scheduler, InstantRunner(), recorder, time.perf_counter)
+    bulkhead = Bulkhead(recorder.faulted, logging.getLogger(__name__))
+    core = EngineCore(scheduler, InstantRunner(), recorder, time.perf_counter, bulkhead)
     sampling = SamplingParams(max_tokens=NUM_ITERATIONS + 100, temperature=0.0)
     for number in range(batch_size):
         core.submit((number % NUM_API_SERVERS, 1), Submit(number, 1, [2, 3, 4], sampling), time.perf_counter())

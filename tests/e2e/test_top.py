@@ -6,7 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
-from metrics import top
+from metrics.top import terminal as top
 from tests.e2e.harness import served, total, wait_for
 from tests.e2e.load import asks, steady_load
 
@@ -29,7 +29,7 @@ def test_every_figure_of_a_busy_deployment_is_known(tiny_model, capsys):
     assert figures.model == "a-model"
     assert unknown(figures) == []
     (engine,) = figures.engines
-    assert unknown(engine) + unknown(engine.loop.process) == []
+    assert unknown(engine) + unknown(engine.process) == []
     assert [unknown(server) + unknown(server.process) for server in figures.servers] == [[], []]
     assert all(latency.count and None not in latency.quantiles for latency in figures.latencies)
     assert sum(server.delivered_per_s or 0 for server in figures.servers) > 0

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import zmq
 
-from engine.wire import deployment
 from metrics import broadcast, snapshot
+from metrics.catalogue import ENGINE
 from metrics.layout import Layout, Shape, build_layout
 from tests.e2e.harness import Served
 
@@ -200,4 +200,4 @@ def watched(served: Served, *, num_engines: int, num_api_servers: int, max_model
 def engine_layout(num_engines: int, num_api_servers: int, max_model_len: int) -> Layout:
     """The layout of an engine's tally in a deployment without bucket overrides."""
     shape = Shape(num_engines=num_engines, num_api_servers=num_api_servers, max_model_len=max_model_len)
-    return build_layout(deployment.ENGINE, shape)
+    return build_layout(ENGINE, shape)

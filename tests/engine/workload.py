@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ from engine.schedule.block_pool import BlockPool
 from engine.schedule.record import Recorder
 from engine.schedule.scheduler import Scheduler
 from engine.wire import Finish, Outputs, SamplingParams, Start, Submit
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
@@ -120,18 +122,22 @@ class Engine:
         self.recorder = Recorder(self.tally, LAYOUT, NUM_API_SERVERS)
         self.runner = FakeRunner(setup.num_blocks, setup.block_size, VOCAB_SIZE)
         self.seen: list[tuple[int, ...]] = []  # the log's own count of each batch: tokens of each of its parts
-        self.faults: list[Exception] = []
+        self.faults: list[str] = []  # where, of each
         self.core = EngineCore(
             self.scheduler,
             self.runner,
             self.recorder,
             self.clock,
+            Bulkhead(self._count_fault, logging.getLogger(__name__)),
             iteration_log=self._log,
-            on_fault=self.faults.append,
         )
         self.tokens: dict[tuple[ApiServer, int], list[int]] = {}
         self.starts: dict[tuple[ApiServer, int], Start] = {}  # the newest one sent
         self.finishes: dict[tuple[ApiServer, int], Finish] = {}
+
+    def _count_fault(self, where: str) -> None:
+        self.faults.append(where)
+        self.recorder.faulted(where)
 
     def _log(self, batch: Batch) -> None:
         self.seen.append(tuple(part.num_tokens for part in batch.sequences))

@@ -20,7 +20,7 @@ from metrics.laws import (
     COUNTERS,
     LAWS,
     Finding,
-    Labels,
+    LabelSet,
     Law,
     Samples,
     Status,
@@ -35,7 +35,7 @@ from metrics.tally import Tally
 SHAPE = Shape(num_engines=2, num_api_servers=2, max_model_len=64)
 ENGINE_LAYOUT = build_layout(ENGINE, SHAPE)
 API_SERVER_LAYOUT = build_layout(API_SERVER, SHAPE)
-Book = dict[tuple[str, Labels], float]
+Book = dict[tuple[str, LabelSet], float]
 
 amounts = st.integers(0, 50)
 costly = settings(max_examples=50)  # a book has more than a thousand samples
@@ -117,7 +117,7 @@ def violated(findings: list[Finding]) -> set[str]:
     return {finding.law for finding in findings if finding.status is Status.VIOLATED}
 
 
-def key(name: str, **labels: str) -> tuple[str, Labels]:
+def key(name: str, **labels: str) -> tuple[str, LabelSet]:
     return name, frozenset({"engine": "0", **labels}.items())
 
 
@@ -158,7 +158,7 @@ def test_each_single_imbalance_is_caught_and_by_how_much(book: Book, data: st.Da
     assert all(f.status is Status.VIOLATED and f.imbalance == abs(error) for f in spread)
 
 
-def is_part_missed(law: Law, cell: tuple[str, Labels]) -> bool:
+def is_part_missed(law: Law, cell: tuple[str, LabelSet]) -> bool:
     """Whether a law takes only other label values of this metric than the cell's."""
     terms = [t for t in (*law.smaller, *law.greater) if t.name == cell[0]]
     return all(t.values and dict(cell[1])[t.label] not in t.values for t in terms)
@@ -268,7 +268,7 @@ def test_idle_is_when_nothing_was_counted_in_between_and_nothing_is_under_way(bo
 
 
 def test_a_deployment_with_a_dead_process_is_not_idle_for_its_books_are_still_open() -> None:
-    def process(name: str, number: int) -> tuple[str, Labels]:
+    def process(name: str, number: int) -> tuple[str, LabelSet]:
         return name, frozenset({("process", f"api-server-{number}")})
 
     known: Book = {process("process_cpu_seconds_total", number): 1.0 for number in range(2)}

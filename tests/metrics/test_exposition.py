@@ -33,7 +33,7 @@ from metrics.exposition import (
     format_value,
     scrape_part,
 )
-from metrics.files.exemplars import LABELS, Exemplar, Origin, Slots
+from metrics.files.exemplars import LABELS, Entries, Exemplar, Origin
 from metrics.layout import Shape, build_layout
 
 SHAPE = Shape(num_engines=2, num_api_servers=2, max_model_len=100)
@@ -130,7 +130,7 @@ TEMPLATES = [
 
 
 exemplars = st.dictionaries(
-    st.sampled_from(Slots(LAYOUTS[API_SERVER]).cells),
+    st.sampled_from(Entries(LAYOUTS[API_SERVER]).cells),
     st.builds(
         Exemplar, st.floats(0, 4e9), st.floats(0, 1e9), st.builds(Origin, st.sampled_from(LABELS), st.text(max_size=43))
     ),

@@ -1,4 +1,7 @@
-"""The device's hot operations behind one small interface; which implementation runs is decided here, once."""
+"""The device's hot operations behind one small interface; which implementation runs is decided here, once.
+
+Street: work. PyTorch's own operations are right on every device, and what every other implementation is tested against.
+"""
 
 from __future__ import annotations
 

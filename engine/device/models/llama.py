@@ -118,11 +118,11 @@ class _WeightReader:
         self._quantization = quantization
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """One tensor as it is."""
+        """Read one tensor in the type and on the device of the model."""
         return self._checkpoint.tensor(name, shape).to(self._device, self._dtype).contiguous()
 
     def vector(self, name: str, size: int) -> Array:
-        """What is not multiplied with as a matrix."""
+        """Read a vector, such as the weights of a norm."""
         return self._kernels.array(self.tensor(name, (size,)))
 
     def linear(self, names: list[str], sizes: list[int], num_inputs: int, *, has_bias: bool = False) -> Linear:
@@ -134,7 +134,7 @@ class _WeightReader:
         return self._kernels.linear(torch.cat(weights), bias, self._quantization)
 
     def head(self, weight: torch.Tensor) -> Head:
-        """`weight`: (vocab, hidden)."""
+        """Make the head from its `weight`, (vocab, hidden)."""
         kernels, linear = self._kernels, self._kernels.linear(weight, None, self._quantization)
         return make_head(weight, lambda x: kernels.tensor(linear(kernels.array(x))).float(), self._quantization)
 

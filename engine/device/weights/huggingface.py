@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from engine.device.weights.spec import ModelError, ModelSpec, linear_divisors, llama3_divisors
+from engine.device.weights.families import FAMILIES, Family
+from engine.device.weights.spec import ModelSpec, linear_divisors, llama3_divisors
+from engine.device.weights.values import ModelError, Values
 
-# What the families differ in, where their config.json does not say it.
-_HAS_QKV_BIAS = {"llama": False, "mistral": False, "qwen2": True, "qwen3": False}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MAX_JSON_BYTES = 64 * 2**20  # the index of the largest models has some
 _UNSUPPORTED = ("mlp_bias", "quantization_config")
 
 
@@ -24,7 +24,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.spec = read_spec(directory)
+        self.spec = _spec(directory)
         self._files: dict[Path, Any] = {}
         self._shards = _find_shards(directory)
 
@@ -44,7 +44,7 @@ class HuggingFaceCheckpoint:
 
 
 def _find_shards(directory: Path) -> dict[str, Path]:
-    """Tensor name to file."""
+    """Which file has which tensor, by the tensor's name."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         weight_map = _read_json(index).get("weight_map")
@@ -70,9 +70,13 @@ def _find_shards(directory: Path) -> dict[str, Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(_MAX_JSON_BYTES + 1)
+        value = json.loads(raw) if len(raw) <= _MAX_JSON_BYTES else None
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ModelError(f"{path}: nested too deep") from error
     except ValueError as error:
         raise ModelError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -80,92 +84,84 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_spec(directory: Path) -> ModelSpec:
+def _spec(directory: Path) -> ModelSpec:
     """What config.json says, checked."""
     path = directory / "config.json"
-    config = _read_json(path)
-    try:
-        spec = _spec(config, path)
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"{path}: missing or malformed: {error}") from error
-    generation = directory / "generation_config.json"
-    if generation.exists():
-        extra = _token_ids(_read_json(generation).get("eos_token_id"))
-        spec = _with_eos(spec, extra)
+    values = Values(str(path), _read_json(path))
+    family = _family(values)
+    hidden_size, num_heads = (
+        values.whole("hidden_size", "hidden_size"),
+        values.whole("num_heads", "num_attention_heads"),
+    )
+    head_dim = values.whole("head_dim", "head_dim", hidden_size // num_heads)
+    theta, divisors = _rope(values, head_dim)
+    spec = ModelSpec(
+        num_layers=values.whole("num_layers", "num_hidden_layers"),
+        hidden_size=hidden_size,
+        intermediate_size=values.whole("intermediate_size", "intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=values.whole("num_kv_heads", "num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        vocab_size=values.whole("vocab_size", "vocab_size"),
+        max_positions=values.whole("max_positions", "max_position_embeddings"),
+        rms_norm_eps=values.real("rms_norm_eps", "rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_divisors=divisors,
+        has_qkv_bias=family.has_qkv_bias,
+        has_qk_norm=family.has_qk_norm,
+        ties_embeddings=bool(values.get("tie_word_embeddings")),
+        sliding_window=_sliding_window(values, family),
+        eos_token_ids=values.token_ids("eos_token_id") | _more_end_tokens(directory),
+        dtype=_DTYPES.get(str(values.get("dtype") or values.get("torch_dtype")), torch.float32),
+        decoder=family.decoder,
+    )
     spec.check(str(path))
     return spec
 
 
-def _spec(config: Mapping[str, Any], path: Path) -> ModelSpec:
-    family = config.get("model_type")
-    if family not in _HAS_QKV_BIAS:
-        raise ModelError(f"{path}: unsupported: model_type {family!r}; known are {', '.join(_HAS_QKV_BIAS)}")
-    for name in _UNSUPPORTED:
-        if config.get(name):
-            raise ModelError(f"{path}: unsupported: {name}")
-    if config.get("attention_bias"):
-        raise ModelError(f"{path}: unsupported: attention_bias in a {family} model")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{path}: unsupported: hidden_act {config['hidden_act']!r}")
-    hidden_size, num_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    head_dim = int(config.get("head_dim") or hidden_size // num_heads)
-    theta, divisors = _rope(config, head_dim, path)
-    return ModelSpec(
-        num_layers=_size(config, "num_hidden_layers"),
-        hidden_size=hidden_size,
-        intermediate_size=_size(config, "intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-        head_dim=head_dim,
-        vocab_size=_size(config, "vocab_size"),
-        max_positions=_size(config, "max_position_embeddings"),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_divisors=divisors,
-        has_qkv_bias=_HAS_QKV_BIAS[family],
-        has_qk_norm=family == "qwen3",
-        ties_embeddings=bool(config.get("tie_word_embeddings", False)),
-        sliding_window=_sliding_window(config, family),
-        eos_token_ids=_token_ids(config.get("eos_token_id")),
-        dtype=_DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32),
-    )
+def _family(values: Values) -> Family:
+    """The row of `model_type`; what no family here has is refused."""
+    name = values.get("model_type")
+    family = next((family for family in FAMILIES if family.name == name), None)
+    if family is None:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise values.error(f"unsupported: model_type {reprlib.repr(name)}; known are {known}")
+    for key in _UNSUPPORTED:
+        if values.get(key):
+            raise values.error(f"unsupported: {key}")
+    if values.get("attention_bias"):
+        raise values.error(f"unsupported: attention_bias in a {family.name} model")
+    if values.text("hidden_act", "silu") != "silu":
+        raise values.error(f"unsupported: hidden_act {reprlib.repr(values.get('hidden_act'))}")
+    return family
 
 
-def _size(config: Mapping[str, Any], name: str) -> int:
-    value = config[name]
-    if not isinstance(value, int) or value < 1:
-        raise TypeError(f"{name} is {value!r}")
-    return value
-
-
-def _rope(config: Mapping[str, Any], head_dim: int, path: Path) -> tuple[float, tuple[float, ...] | None]:
+def _rope(values: Values, head_dim: int) -> tuple[float, tuple[float, ...] | None]:
     """Base and divisors. Newer files hold both in `rope_parameters`, older ones apart."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if float(config.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise ModelError(f"{path}: unsupported: partial_rotary_factor")
+    scaling = values.inner("rope_parameters") or values.inner("rope_scaling") or Values(values.source, {})
+    theta = scaling.real("rope_theta", "rope_theta", values.real("rope_theta", "rope_theta", 10000.0))
+    partial = scaling.real("partial_rotary_factor", "partial_rotary_factor", 1.0)
+    if values.real("partial_rotary_factor", "partial_rotary_factor", partial) != 1.0:
+        raise values.error("unsupported: partial_rotary_factor")
+    kind = scaling.text("rope_type", scaling.text("type", "default"))
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, linear_divisors(float(scaling["factor"]), head_dim)
+        return theta, linear_divisors(scaling.real("rope_factor", "factor"), head_dim)
     if kind == "llama3":
         return theta, llama3_divisors(scaling, theta, head_dim)
-    raise ModelError(f"{path}: unsupported: rope scaling {kind!r}; known are default, linear, llama3")
+    raise values.error(f"unsupported: rope scaling {reprlib.repr(kind)}; known are default, linear, llama3")
 
 
-def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
+def _sliding_window(values: Values, family: Family) -> int | None:
     """The window, if any layer uses one."""
-    is_used = config.get("use_sliding_window", False) if family.startswith("qwen") else True
-    window = config.get("sliding_window")
-    return int(window) if is_used and window else None
+    is_used = values.get("sliding_window") not in (None, 0) and (
+        not family.switches_window or bool(values.get("use_sliding_window"))
+    )
+    return values.whole("sliding_window", "sliding_window") if is_used else None
 
 
-def _token_ids(value: object) -> frozenset[int]:
-    """One id, several, or none."""
-    ids = value if isinstance(value, list) else [value]
-    return frozenset(token for token in ids if isinstance(token, int))
-
-
-def _with_eos(spec: ModelSpec, extra: frozenset[int]) -> ModelSpec:
-    return replace(spec, eos_token_ids=spec.eos_token_ids | extra)
+def _more_end_tokens(directory: Path) -> frozenset[int]:
+    """Those that only generation_config.json names, if there is one."""
+    path = directory / "generation_config.json"
+    return Values(str(path), _read_json(path)).token_ids("eos_token_id") if path.exists() else frozenset()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from engine.device.weights.gguf_checkpoint import GGUFCheckpoint
 from engine.device.weights.huggingface import HuggingFaceCheckpoint
-from engine.device.weights.spec import Checkpoint, ModelError
+from engine.device.weights.spec import Checkpoint
+from engine.device.weights.values import ModelError
 
 
 def open_checkpoint(path: str) -> Checkpoint:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -35,10 +36,14 @@ class RotatedCheckpoint:
         self._checkpoint = checkpoint
         self._head = _EMBEDDINGS if checkpoint.spec.ties_embeddings else _HEAD
         self.spec: ModelSpec = replace(checkpoint.spec, ties_embeddings=False)
-        self._basis = cosine_basis(self.spec.hidden_size)
+
+    @cached_property
+    def _basis(self) -> torch.Tensor:
+        """Made after a first tensor was read, whose shape proves the hidden size that the file states."""
+        return cosine_basis(self.spec.hidden_size)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """float32."""
+        """Read one tensor in the new basis, float32."""
         if name == _EMBEDDINGS:
             return self._read(name, shape) @ self._basis
         if name == _HEAD:

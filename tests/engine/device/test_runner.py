@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 import resource
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
 from engine.device.runner import TorchRunner
-from engine.device.weights.spec import ModelError
+from engine.device.weights import ModelError
 from engine.host import Share
 from engine.schedule.batch import Batch, ScheduledSequence
 from engine.wire.sampling import SamplingParams
@@ -54,7 +56,7 @@ def sequence(tokens: list[int], start: int, num_tokens: int, blocks: list[int], 
 
 
 def run(runner: TorchRunner, *sequences: ScheduledSequence) -> list[int]:
-    return [token for token, _ in runner.run(Batch(list(sequences)))]
+    return [found.token_id for found in runner.run(Batch(list(sequences)))]
 
 
 def next_token(reference: Reference, tokens: list[int]) -> int:
@@ -96,7 +98,7 @@ def test_logprobs_come_with_the_token(runner: TorchRunner):
     (prompt,) = random_prompts((9,), runner.vocab_size)
     asked = sequence(prompt, 0, 9, [0])
     asked.sampling = replace(GREEDY, logprobs=3)
-    ((token, logprobs),) = runner.run(Batch([asked]))
+    ((token, logprobs, _),) = runner.run(Batch([asked]))
     assert logprobs is not None
     assert logprobs.rank == 1
     assert logprobs.top[0] == (token, logprobs.logprob)
@@ -207,3 +209,25 @@ def test_threads_are_the_callers_choice_or_suit_the_model(
         assert torch.get_num_threads() == num_used
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_hidden_states_that_are_not_finite_give_faults_and_no_tokens(tmp_path: Path, quantization: str | None):
+    path = write_tiny_llama(tmp_path)
+    weights = load_file(path / "model.safetensors")
+    weights["model.embed_tokens.weight"].fill_(math.nan)
+    save_file(weights, path / "model.safetensors")
+    broken = load(path, quantization=quantization, max_model_len=64)
+    rows = [
+        replace(sequence([1, 2, 3], 0, 3, [row], number=row), sampling=sampling)
+        for row, sampling in enumerate((GREEDY, replace(GREEDY, temperature=1.0), replace(GREEDY, logprobs=2)))
+    ]
+    assert all(found.fault is not None for found in broken.run(Batch(rows)))
+
+
+def test_end_tokens_beyond_the_vocabulary_are_ignored_and_said(tmp_path: Path):
+    said: list[str] = []
+    path = write_tiny_llama(tmp_path, eos_token_id=[1, 70_000])
+    runner = load(path, max_model_len=64, progress=said.append)
+    assert runner.eos_token_ids == {1}
+    assert "end tokens [70000] are beyond the vocabulary: ignored" in said

@@ -40,7 +40,7 @@ def sequence(
 
 def sample(logits: list[float], *sequences: ScheduledSequence, sampler: Sampler = SAMPLER) -> list[int]:
     """Every sequence has the same logits."""
-    return [token for token, _ in sampler.sample(torch.tensor([logits] * len(sequences)), sequences)]
+    return [found.token_id for found in sampler.sample(torch.tensor([logits] * len(sequences)), sequences)]
 
 
 def support(logits: list[float], sampling: SamplingParams, num_draws: int = 400) -> set[int]:
@@ -87,8 +87,8 @@ def test_rows_that_need_no_logits_have_none_computed():
     sampler = Sampler(Watched(lambda logits: logits.clone()), seed=0, eos_token_ids=frozenset({EOS}))
     rows = [GREEDY, RANDOM, replace(GREEDY, logprobs=1), GREEDY, replace(GREEDY, logit_bias=((0, 100.0),))]
     sampled = sampler.sample(60 * torch.eye(5), [sequence(sampling) for sampling in rows])
-    assert [token for token, _ in sampled] == [0, 1, 2, 3, 0]
-    assert [logprobs is None for _, logprobs in sampled] == [True, True, False, True, True]
+    assert [found.token_id for found in sampled] == [0, 1, 2, 3, 0]
+    assert [found.logprobs is None for found in sampled] == [True, True, False, True, True]
     assert asked == [3]
     sampler.sample(60 * torch.eye(5), [sequence(GREEDY)] * 5)
     assert asked == [3]
@@ -152,7 +152,7 @@ def test_a_flat_row_beside_peaked_ones_gets_its_own_candidates():
     drawn = set()
     for seed in range(60):
         rows = [sequence(replace(RANDOM, top_p=0.6, seed=seed))] * 3
-        first, token, last = (t for t, _ in SAMPLER.sample(torch.stack((peaked, flat, peaked)), rows))
+        first, token, last = (found.token_id for found in SAMPLER.sample(torch.stack((peaked, flat, peaked)), rows))
         assert first == last == 42
         drawn.add(token)
     assert 2000 < max(drawn) <= 0.6 * vocab_size
@@ -199,7 +199,7 @@ def test_the_least_random_number_draws_no_excluded_token(monkeypatch: pytest.Mon
 @settings(deadline=None)
 def test_a_number_falls_where_the_whole_cumulative_distribution_passes_it(vocab_size: int, holes: int, number: float):
     logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(holes % 2**32))
-    logits[[token for token in range(vocab_size - 1) if holes >> token % 64 & 1]] = -torch.inf
+    logits[[token for token in range(vocab_size - 1) if holes >> token % 64 & 1]] = -1e30
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sampler, "_number", lambda self, sequence: number)
         drawn = sample(logits.tolist(), sequence(RANDOM))[0]
@@ -253,7 +253,7 @@ def test_logprobs_are_those_of_the_model_before_anything_was_changed():
     logits = [0.0, 3.0, 1.0, 2.0]
     total = math.log(sum(math.exp(logit) for logit in logits))
     biased = replace(GREEDY, logit_bias=((0, 100.0),), temperature=0.5, logprobs=2)
-    (token, logprobs), (_, none), (_, own) = SAMPLER.sample(
+    (token, logprobs, _), (_, none, _), (_, own, _) = SAMPLER.sample(
         torch.tensor([logits] * 3), [sequence(biased), sequence(GREEDY), sequence(replace(GREEDY, logprobs=0))]
     )
     assert none is None
@@ -264,3 +264,69 @@ def test_logprobs_are_those_of_the_model_before_anything_was_changed():
     assert [token for token, _ in logprobs.top] == [1, 3]
     assert [value for _, value in logprobs.top] == pytest.approx([3.0 - total, 2.0 - total])
     assert (own.rank, own.top) == (1, ())
+
+
+# --- a fault in one sequence ends that sequence (P10) ---
+
+extremes = st.sampled_from((0.0, -0.0, 5e-324, 1e-300, 1e-38, 1e-9, 0.0099, 0.01, 0.5, 1.0, 2.0))
+accepted = st.builds(
+    SamplingParams,
+    max_tokens=st.just(100),
+    min_tokens=st.sampled_from((0, 100)),
+    temperature=extremes,
+    top_p=extremes.filter(lambda value: 0 < value <= 1),
+    top_k=st.sampled_from((0, 1, 3, 10**9, 2**31 - 1)),
+    min_p=extremes.filter(lambda value: value <= 1),
+    repetition_penalty=st.sampled_from((0.01, 0.5, 1.0, 100.0)),
+    presence_penalty=st.sampled_from((-2.0, 0.0, 2.0)),
+    frequency_penalty=st.sampled_from((-2.0, 0.0, 2.0)),
+    seed=st.sampled_from((None, 0, 2**63 - 1, -(2**63))),
+    logit_bias=st.sampled_from(((), ((0, -100.0), (1, 100.0)), tuple((token, -100.0) for token in range(5)))),
+    logprobs=st.sampled_from((None, 0, 5, 20)),
+    stop_token_ids=st.sampled_from(((), (0,), (0, 1, 2, 3, 4))),
+    ignore_eos=st.booleans(),
+)
+logit_rows = st.lists(
+    st.sampled_from((0.0, -1.0, 7.5, 1e30, -1e30, 3e38, math.nan, math.inf, -math.inf)), min_size=5, max_size=5
+)
+
+
+@given(strange=accepted, logits=logit_rows, others=st.lists(accepted, min_size=1, max_size=3))
+def test_whatever_one_sequence_asks_or_gets_it_is_sampled_or_faulted_and_the_others_never_notice(
+    strange: SamplingParams, logits: list[float], others: list[SamplingParams]
+):
+    strange.check()
+    of_hidden = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5], logits])
+    head = PlainHead(lambda hidden: of_hidden[hidden[:, 0].long()])
+    sampler = Sampler(head, seed=0, eos_token_ids=frozenset({EOS}))
+    neighbours = [sequence(sampling, sequence_id=row) for row, sampling in enumerate(others)]
+    batch = [*neighbours, sequence(strange, sequence_id=9)]
+    *beside, found = sampler.sample(torch.tensor([[0.0]] * len(others) + [[1.0]]), batch)
+    assert beside == sampler.sample(torch.zeros(len(others), 1), neighbours)
+    assert (0 <= found.token_id < 5) == (found.fault is None)
+    if any(math.isnan(logit) for logit in logits) and strange.temperature > 0:
+        assert found.fault is not None
+
+
+def test_min_tokens_and_stop_tokens_that_leave_nothing_are_that_sequences_fault():
+    everything = replace(RANDOM, min_tokens=50, stop_token_ids=(0, 1, 2, 3, 4))
+    for sampling in (everything, replace(everything, temperature=0.0)):
+        forbidden, other = SAMPLER.sample(torch.zeros(2, 5), [sequence(sampling), sequence(GREEDY)])
+        assert forbidden.fault is not None
+        assert other.fault is None
+
+
+def test_a_bug_that_one_sequence_meets_is_its_fault_alone():
+    broken = replace(RANDOM, min_tokens=50, stop_token_ids=(70_000,))  # the scheduler refuses these; if it did not:
+    found, *others = SAMPLER.sample(torch.eye(5)[:3], [sequence(broken), sequence(GREEDY), sequence(RANDOM)])
+    assert found.fault is not None
+    assert "IndexError" in found.fault
+    assert [other.fault for other in others] == [None, None]
+    assert others[0].token_id == 1
+
+
+def test_temperatures_below_the_least_count_as_the_least():
+    logits = [0.0, 0.02, 0.01, -0.01, 0.0]
+    for seed in range(50):
+        low, least = (replace(RANDOM, temperature=temperature, seed=seed) for temperature in (1e-38, 0.01))
+        assert sample(logits, sequence(low)) == sample(logits, sequence(least))

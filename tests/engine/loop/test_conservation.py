@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import SchedulerConfig
+from engine.schedule.batch import Batch, SampledToken
 from engine.wire import FINISH_REASONS
 from tests.engine.workload import (
     LAYOUT,
@@ -67,10 +69,32 @@ def check_laws(engine: Engine) -> None:
     assert value("wholebatch:sequences_accepted_total") == finished + running + waiting
 
 
-@given(setup=setups | tight_setups, work=jobs(can_abort=True), dropped=st.none() | st.integers(0, 15))
+def fault_at(engine: Engine, places: set[tuple[int, int]]) -> None:
+    """No token can be sampled at these (sequence id, number of tokens generated so far)."""
+    run = engine.runner.run
+
+    def run_with_faults(batch: Batch) -> list[SampledToken]:
+        sampling = [part for part in batch.sequences if part.samples]
+        return [
+            SampledToken(-1, None, "a fault")
+            if (part.sequence_id, len(part.token_ids) - part.num_prompt_tokens) in places
+            else token
+            for part, token in zip(sampling, run(batch), strict=True)
+        ]
+
+    engine.runner.run = run_with_faults
+
+
+@given(
+    setup=setups | tight_setups,
+    work=jobs(can_abort=True),
+    dropped=st.none() | st.integers(0, 15),
+    faults=st.sets(st.tuples(st.integers(0, 7), st.integers(0, 6)), max_size=4),
+)
 @costly
-def test_the_books_balance_in_every_iteration_whatever_happens(setup, work, dropped):
+def test_the_books_balance_in_every_iteration_whatever_happens(setup, work, dropped, faults):
     engine = Engine(setup)
+    fault_at(engine, faults)
     for now in range(400):
         for request_id, job in enumerate(work):
             if job.arrives == now:
@@ -89,7 +113,9 @@ def test_the_books_balance_in_every_iteration_whatever_happens(setup, work, drop
     assert engine.value("vllm:num_requests_running") == engine.value("vllm:num_requests_waiting") == 0
     assert engine.value("vllm:kv_cache_usage_perc") == 0
     answered = {key for key in engine.finishes if key in engine.tokens}
-    assert all(engine.finishes[key].reason in ("stop", "length") for key in answered)
+    reasons = [engine.finishes[key].reason for key in answered]
+    assert set(reasons) <= {"stop", "length", "error"}
+    assert reasons.count("error") <= engine.value("wholebatch:sampling_faults_total") <= len(faults)
 
 
 @given(setup=setups | tight_setups, work=jobs())
@@ -154,7 +180,7 @@ def test_preemption_does_happen_and_recomputed_tokens_are_told_apart():
     check_laws(engine)
 
 
-def test_a_bad_duration_stops_no_request_spoils_no_other_figure_and_is_counted():
+def test_a_bad_duration_stops_no_request_spoils_no_other_figure_and_is_counted(caplog: pytest.LogCaptureFixture):
     setup, work = crowd(num_blocks=64)
     engine = Engine(setup)
     engine.core._clock = lambda: float("nan")
@@ -166,4 +192,4 @@ def test_a_bad_duration_stops_no_request_spoils_no_other_figure_and_is_counted()
     check_laws(engine)
     assert len(engine.seen) == len(engine.faults) > 0
     assert engine.value("wholebatch:bulkhead_errors_total", where="record") == len(engine.faults)
-    assert "nan" in str(engine.faults[0])
+    assert [record.message for record in caplog.records if "nan" in record.message] != []

@@ -200,3 +200,30 @@ def test_a_live_record_is_made_of_every_iteration_while_somebody_asks():
         ("prefill", 1, 0, 1),
         ("decode", 0, 1, 1),
     ]
+
+
+def test_a_sequence_without_a_next_token_ends_by_error_and_its_neighbours_go_on(engine):
+    run = engine.runner.run
+    engine.runner.run = lambda batch: [
+        SampledToken(-1, None, "no token can be sampled")
+        if part.sequence_id == 0 and len(part.token_ids) > part.num_prompt_tokens
+        else token
+        for part, token in zip(batch.sequences, run(batch), strict=True)
+    ]
+    said: list[str] = []
+    engine.core._on_sampling_fault = said.append
+    for request_id in (1, 2):
+        engine.core.submit((0, 1), replace(SUBMIT, request_id=request_id), 1.0)
+    engine.step()
+    broken, other = engine.core.step()[0, 1].outputs
+    assert (broken.first_index, broken.token_ids, broken.finish) == (
+        1,
+        [],
+        Finish("error", None, "no token can be sampled"),
+    )
+    assert (len(other.token_ids), other.finish) == (1, None)
+    assert said == ["no token can be sampled"]
+    assert engine.value("wholebatch:sampling_faults_total") == 1
+    assert engine.value("wholebatch:sequences_finished_total", finished_reason="error") == 1
+    assert engine.value("vllm:generation_tokens_total") == 3
+    assert engine.value("wholebatch:tokens_sent_total", api_server="0") == 3

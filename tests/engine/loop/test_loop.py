@@ -17,13 +17,14 @@ import zmq
 from engine import wire
 from engine.config import to_json
 from engine.host import share
-from engine.loop.beacon import FaultLog, Shared
+from engine.loop.beacon import Shared
 from engine.loop.loop import EngineLoop, bind_router
 from engine.loop.process import CannotServeError, load_runner, main, make_core
 from engine.schedule.record import Recorder
 from engine.wire import Abort, Goodbye, Hello, Outputs, SamplingParams, Submit
 from engine.wire.deployment import Alive, Facts, Failed, Ready, decode_report
 from engine.wire.lifeline import make_lifeline, read_reports
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
 from metrics.files.store import TallyReader, tally_path
 from tests.engine.engine_processes import VOCAB_SIZE, SizedRunner, engine_layout, make_config, open_store
@@ -45,9 +46,9 @@ class Engine:
         self.router = bind_router(self.context, wire.work_endpoint(directory, 0, incarnation))
         recorder = Recorder(self.store.tally, self.store.tally.layout, self.config.num_api_servers)
         recorder.close_books()
-        faults = FaultLog(logging.getLogger("test"))
-        core = make_core(self.config, self.runner, recorder, faults)
-        self.loop = EngineLoop(self.config, core, recorder, self.store, self.router, self.shared, faults)
+        bulkhead = Bulkhead(recorder.faulted, logging.getLogger("test"))
+        core = make_core(self.config, self.runner, recorder, bulkhead)
+        self.loop = EngineLoop(self.config, core, recorder, self.store, self.router, self.shared, bulkhead)
 
     def connect(self, index: int, incarnation: int = 1) -> ApiServer:
         endpoint = wire.work_endpoint(self.directory, 0, self.config.incarnation)

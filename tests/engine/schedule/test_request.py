@@ -10,8 +10,8 @@ def test_a_request_starts_with_nothing_computed_and_leaves_the_message_alone():
     submit = Submit(5, 1, [1, 2, 3], SamplingParams(max_tokens=4), priority=2)
     request = RequestState(9, (1, 3), submit, 10.0)
     request.token_ids.append(8)
-    assert submit.prompt_token_ids == [1, 2, 3] == request.prompt_token_ids
-    assert request.num_output_tokens == 1
+    assert submit.prompt_token_ids == [1, 2, 3]
+    assert (request.token_ids, request.num_prompt_tokens) == ([1, 2, 3, 8], 3)
     assert (request.num_computed_tokens, request.high_water, request.scheduled_at) == (0, 0, 0.0)
 
 

@@ -9,38 +9,10 @@ from typing import Any
 import pytest
 import zmq
 
-from frontend.counters.bulkhead import Bulkhead
 from metrics.files.exemplars import Origin
 from metrics.tally import TallyError
 from metrics.usage import ProcessMetrics
 from tests.frontend.deployments import Deployed, Node, total, until
-
-
-class Record:
-    """Counts faults."""
-
-    def __init__(self) -> None:
-        self.faults: list[str] = []
-
-    def fault(self, where: str) -> None:
-        self.faults.append(where)
-
-
-def test_a_fault_ends_at_the_bulkhead_is_counted_each_time_and_logged_once_a_kind(caplog: pytest.LogCaptureFixture):
-    record = Record()
-    bulkhead = Bulkhead(record)  # type: ignore[arg-type]
-    for error in (OSError("full"), OSError("full again"), ValueError("NaN")):
-        with bulkhead.around("process"):
-            raise error
-    assert record.faults == ["process"] * 3
-    assert len(caplog.records) == 2
-
-
-def test_an_end_that_is_no_fault_passes(caplog: pytest.LogCaptureFixture):
-    record = Record()
-    with pytest.raises(asyncio.CancelledError), Bulkhead(record).around("process"):  # type: ignore[arg-type]
-        raise asyncio.CancelledError
-    assert record.faults == []
 
 
 async def held(deployed: Deployed) -> Node:

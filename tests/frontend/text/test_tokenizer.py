@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from frontend.text.gguf_metadata import GGUFError, read_metadata
-from frontend.text.gguf_tokenizer import PRE_TOKENIZERS, TokenizerError, gguf_tokenizer
-from frontend.text.tokenizer import Tokenizer, load_tokenizer
+from frontend.text.gguf_tokenizer import TokenizerError, gguf_tokenizer
+from frontend.text.pre_tokenizers import PRE_TOKENIZERS
+from frontend.text.tokenizer import MAX_LINE, Tokenizer, load_tokenizer
 from tests.frontend.small_tokenizers import (
     ALPHABET,
     END,
@@ -295,7 +297,7 @@ def test_a_hugging_face_directory_gives_the_same_tokens(directory: Path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("tokenizer.json", "{", "is no tokenizer"),
+        ("tokenizer.json", "{", "has no tokenizer: ValueError: Cannot instantiate"),
         ("tokenizer_config.json", "{", "is not JSON"),
         ("tokenizer_config.json", "[]", "is no JSON object"),
         ("chat_template.jinja", "{% for %}", "chat template is broken"),
@@ -305,6 +307,79 @@ def test_a_broken_directory_is_named(directory: Path, name: str, content: str, w
     (directory / name).write_text(content)
     with pytest.raises(TokenizerError, match=words):
         load_tokenizer(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", b"[" * 100_000, "has no tokenizer"),
+        ("tokenizer.json", b"\xff\xfe", "has no tokenizer"),
+        ("tokenizer_config.json", b"[" * 100_000, "nested too deep"),
+        ("tokenizer_config.json", b"\xff\xfe", "not JSON"),
+        ("tokenizer_config.json", b'{"chat_template": [1]}', "chat_template is a list"),
+        ("tokenizer_config.json", b'{"chat_template": 1}', "chat_template is 1, not a text"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": {}}]}', "not a text"),
+        ("chat_template.jinja", b"{{ '\xff' }}", "not UTF-8"),
+        ("chat_template.jinja", b"{% for a in x %}" * 60 + b"{% endfor %}" * 60, "chat template is broken"),
+        ("chat_template.jinja", b"{{ " + b"(" * 3_000 + b"1" + b")" * 3_000 + b" }}", "chat template is broken"),
+    ],
+)
+def test_an_odd_file_is_one_line(directory: Path, name: str, content: bytes, words: str):
+    (directory / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=words) as caught:
+        load_tokenizer(str(directory))
+    assert str(directory) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1_000
+
+
+@pytest.mark.parametrize("name", ["tokenizer.ggml.model", "tokenizer.ggml.pre"])
+@pytest.mark.parametrize("value", [["gpt2"], {}, 1, None, "x" * 10_000])
+def test_an_odd_name_in_a_gguf_file_is_one_short_line(name: str, value: object):
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": ["a a"]}
+    with pytest.raises(TokenizerError) as caught:
+        gguf_tokenizer(metadata | {name: value})
+    assert len(str(caught.value)) < 1_000
+
+
+odd_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 70_000)
+    | st.floats()
+    | st.text(max_size=6)
+    | st.just("{% for a in b %}"),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@given(
+    make=st.sampled_from([byte_level_metadata, sentencepiece_metadata]),
+    odd=st.dictionaries(
+        st.sampled_from(
+            ["model", "pre", "tokens", "token_type", "merges", "scores", "chat_template", "add_bos_token"]
+            + [f"{name}_token_id" for name in ("bos", "eos", "unknown", "padding")]
+        ).map(lambda name: f"tokenizer.{'' if name == 'chat_template' else 'ggml.'}{name}"),
+        odd_values,
+        min_size=1,
+        max_size=2,
+    ),
+)
+def test_whatever_a_gguf_file_says_of_its_tokenizer_it_is_one_or_one_line(
+    make: Callable[[], dict[str, Any]], odd: dict[str, Any]
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("frontend.text.tokenizer.read_metadata", lambda path: make() | odd)
+        try:
+            tokenizer = load_tokenizer("model.gguf")
+        except TokenizerError as error:
+            line = str(error)
+        else:
+            line = ""
+            tokenizer.decode(tokenizer.encode("hello 12"))
+    assert "\n" not in line
+    assert len(line) <= MAX_LINE
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""What is made from the catalogue: the README's metric table, and every file that Prometheus and Grafana read."""
+"""What is made from the catalogue: every file that Prometheus and Grafana read."""
 
 from __future__ import annotations
 
@@ -9,50 +9,19 @@ from typing import Any
 import pytest
 import yaml
 
-from metrics.catalogue import METRICS
-from metrics.dashboards.generate import BEGIN, END, ROOT, grafana_files, main, replace_table, table
+from metrics.dashboards.generate import ROOT, grafana_files, main
 from metrics.dashboards.provisioning import HOME, RULES, compose
 
-README = f"# Title\n\n{BEGIN}\nold\n{END}\n\nrest\n"
 GRAFANA = ROOT / "metrics" / "grafana"
-
-
-def test_the_table_has_every_metric_once():
-    rows = [line for line in table().splitlines() if line.startswith("| `")]
-    assert sorted(row.split("`")[1] for row in rows) == sorted(metric.name for metric in METRICS)
-    assert all(row.count(" | ") == 3 for row in rows)
-
-
-def test_only_what_is_between_the_markers_changes(tmp_path: Path):
-    readme, grafana = tmp_path / "README.md", tmp_path / "grafana"
-    readme.write_text(README)
-    assert main(["--check", str(readme), str(grafana)]) == 1
-    assert readme.read_text() == README
-    assert main([str(readme), str(grafana)]) == 0
-    written = readme.read_text()
-    assert table() in written
-    assert written.startswith("# Title\n\n")
-    assert written.endswith(f"{END}\n\nrest\n")
-    assert replace_table(written, table()) == written
-    assert main(["--check", str(readme), str(grafana)]) == 0
-
-
-@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}"])
-def test_a_readme_without_both_markers_is_an_error(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    assert main([str(readme), str(tmp_path)]) == 2
-    assert "metrics:begin" in capsys.readouterr().err
-    assert main([str(tmp_path / "missing"), str(tmp_path)]) == 2
-    assert list(tmp_path.iterdir()) == [readme]
 
 
 def test_a_file_that_is_changed_missing_or_left_over_is_found_and_put_right(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    readme, grafana = tmp_path / "README.md", tmp_path / "grafana"
-    readme.write_text(README)
-    main([str(readme), str(grafana)])
+    grafana = tmp_path / "grafana"
+    assert main(["--check", str(grafana)]) == 1
+    assert not grafana.exists()
+    assert main([str(grafana)]) == 0
     changed, missing = grafana / RULES, grafana / "dashboards" / "overview.json"
     left_over, picture = grafana / "dashboards" / "old.json", grafana / "overview.png"
     changed.write_text(changed.read_text() + "# more\n")
@@ -60,12 +29,12 @@ def test_a_file_that_is_changed_missing_or_left_over_is_found_and_put_right(
     left_over.write_text("{}")
     picture.write_bytes(b"")
     capsys.readouterr()
-    assert main(["--check", str(readme), str(grafana)]) == 1
+    assert main(["--check", str(grafana)]) == 1
     named = {line.partition(":")[0] for line in capsys.readouterr().err.splitlines()}
     assert named == {str(changed), str(missing), str(left_over)}
-    assert main([str(readme), str(grafana)]) == 0
+    assert main([str(grafana)]) == 0
     assert (missing.exists(), left_over.exists(), picture.exists()) == (True, False, True)
-    assert main(["--check", str(readme), str(grafana)]) == 0
+    assert main(["--check", str(grafana)]) == 0
 
 
 def test_the_files_that_are_checked_in_are_what_the_catalogue_makes():

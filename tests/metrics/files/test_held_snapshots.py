@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from metrics.files import held_snapshots
 from metrics.files.held_snapshots import NOTHING, Held, HeldReader, HeldWriter, held_path
 
-SLOT_BYTES = held_snapshots._SLOT_BYTES
+ENTRY_BYTES = held_snapshots._ENTRY_BYTES
 HELD = Held((3, 77), 12.5)
 
 
@@ -55,7 +55,7 @@ def test_who_has_ended_holds_nothing_and_its_successor_nothing_of_it(directory: 
         writer.close()
     assert reader.read(3, 0) is None
     assert os.listdir(directory) == ["api-server-3.held"]
-    assert os.path.getsize(held_path(directory, 3)) == 2 * SLOT_BYTES
+    assert os.path.getsize(held_path(directory, 3)) == 2 * ENTRY_BYTES
 
 
 def test_a_killed_process_holds_nothing_from_the_instant_that_its_end_is_seen(directory: str):
@@ -81,7 +81,7 @@ def test_a_killed_process_holds_nothing_from_the_instant_that_its_end_is_seen(di
             os.close(descriptor)
 
 
-@given(written=st.integers(0, SLOT_BYTES))
+@given(written=st.integers(0, ENTRY_BYTES))
 def test_a_slot_of_which_any_part_was_written_is_the_old_one_or_the_new_one_or_nothing(
     tmp_path_factory: pytest.TempPathFactory, written: int
 ):
@@ -105,7 +105,7 @@ def test_only_one_process_holds_at_an_index(directory: str):
     writer.close()
 
 
-@pytest.mark.parametrize("size", [0, SLOT_BYTES, 2 * SLOT_BYTES - 1, 3 * SLOT_BYTES])
+@pytest.mark.parametrize("size", [0, ENTRY_BYTES, 2 * ENTRY_BYTES - 1, 3 * ENTRY_BYTES])
 def test_a_file_of_another_size_says_nothing(directory: str, size: int):
     writer, reader = HeldWriter(directory, 3, 2), reader_in(directory)
     writer.hold(1, HELD)
