@@ -49,7 +49,6 @@ class Scheduler:
         "_requests",
         "_running",
         "_scheduled",
-        "_started",
         "_vocab_size",
         "_waiting",
     )
@@ -77,7 +76,6 @@ class Scheduler:
         # Who chose the length of chunks has chosen how long others wait for them.
         is_paced = config.enable_chunked_prefill and not config.long_prefill_token_threshold
         self._pace = Pace(suited_iteration_s, self._budget) if suited_iteration_s and is_paced else None
-        self._started = 0.0  # when the batch in flight was scheduled
         self._requests: dict[int, RequestState] = {}  # running and waiting, by sequence id
         self._running: list[RequestState] = []  # in order
         self._waiting: list[RequestState] = []  # in order
@@ -178,7 +176,6 @@ class Scheduler:
         if not scheduled:
             return None
         counts.num_requests = len(scheduled)
-        self._started = now
         self._in_flight = Batch([request.scheduled for request in scheduled], counts)
         return self._in_flight
 
@@ -284,9 +281,6 @@ class Scheduler:
         sampled token or fault, in the batch's order; its `finish_reason` says whether it has ended with that."""
         assert batch is self._in_flight, "update what was scheduled last"
         self._in_flight = None
-        if self._pace is not None:
-            counts = batch.counts
-            self._pace.observe(counts.num_prefill_tokens, counts.num_decode_tokens, now - self._started)
         block_size, caches = self._pool.block_size, self._pool.caches
         stepped: list[RequestState] = []
         has_ended = False
@@ -320,6 +314,11 @@ class Scheduler:
         if has_ended:
             self._running = [request for request in self._running if request.finish_reason is None]
         return stepped
+
+    def observe(self, counts: IterationCounts, duration_s: float) -> None:
+        """What an iteration cost, for those that come."""
+        if self._pace is not None:
+            self._pace.observe(counts.num_prefill_tokens, counts.num_decode_tokens, duration_s)
 
     def _cache_blocks(self, request: RequestState, first: int, end: int) -> None:
         """Make blocks [first, end) of the sequence known: they are full now."""

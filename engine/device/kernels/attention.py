@@ -22,7 +22,7 @@ import torch
 from llvmlite import ir
 
 from engine.device.kernels.compiled import Kernel, for_any_size
-from engine.device.kernels.vectors import Product, at, of_floats, rows_times_panel
+from engine.device.kernels.vectors import at, of_floats, rows_times_panel
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN_2_HIGH = np.float32(0.693359375)
@@ -75,18 +75,30 @@ def rotate_and_store(qkv, num_heads, cos, sin, kv_cache, slots):
                 block[1, kv_head, position * head_dim + i] = qkv[row, first_value + kv_head * head_dim + i]
 
 
+_queries_times_keys = rows_times_panel(ir.FloatType(), of_floats)
+_weights_times_values = rows_times_panel(ir.FloatType(), of_floats, adds=True)
+
+
+@numba.njit(fastmath=True)
+def _scores_to_weights(scores, length, totals):
+    """In place, before they are divided by their sums, which go to `totals`: (heads, positions), `length` of them."""
+    for head in range(len(scores)):
+        peak, total = np.float32(-np.inf), np.float32(0)
+        for position in range(length):
+            peak = max(peak, scores[head, position])
+        for position in range(length):
+            weight = exp(scores[head, position] - peak)
+            scores[head, position] = weight
+            total += weight
+        totals[head] = total
+
+
 @functools.cache
 def attend_decodes(num_kv_heads: int, group: int, head_dim: int, block_size: int) -> Callable[[int], Kernel]:
     """For one shape of model: numbers that the compiler knows let it make vectors of the inner loops."""
     scale = np.float32(1 / np.sqrt(head_dim))
     head_lanes = head_dim * block_size
     block_lanes, first_value = 2 * num_kv_heads * head_lanes, num_kv_heads * head_lanes
-
-    def product(width: int, *, adds: bool) -> Product:
-        return Product(lane=ir.FloatType(), multiply_and_add=of_floats, width=width, most_rows=group, adds=adds)
-
-    queries_times_keys = rows_times_panel(product(block_size, adds=False))
-    weights_times_values = rows_times_panel(product(head_dim, adds=True))
 
     def kernel(qkv, kv_cache, rows, lengths, block_tables, num_parts, out):
         """Each sequence's heads are shared out among `num_parts`. First the scores of all its blocks, then their
@@ -97,55 +109,29 @@ def attend_decodes(num_kv_heads: int, group: int, head_dim: int, block_size: int
             index, part = item // num_parts, item % num_parts
             row, length, table = rows[index], lengths[index], block_tables[index]
             num_blocks = (length + block_size - 1) // block_size
-            stride = num_blocks * block_size
-            first = part * part_rows * head_dim
+            stride, first = num_blocks * block_size, part * part_rows * head_dim
+            first_key = part * part_heads * head_lanes
             q = qkv[row, first : first + part_rows * head_dim] * scale
             weights, attended = np.empty((part_rows, stride), np.float32), np.zeros((part_rows, head_dim), np.float32)
-            first_key = part * part_heads * head_lanes
+            totals = np.empty(part_rows, np.float32)
             for number in range(num_blocks):
                 place = table[number] * block_lanes + first_key
-                ahead = first_value
-                if number + 1 < num_blocks:
-                    ahead = table[number + 1] * block_lanes + first_key - place
+                ahead = table[min(number + 1, num_blocks - 1)] * block_lanes + first_key - place
                 for head in range(part_heads):
-                    queries_times_keys(
-                        at(q, head * group * head_dim),
-                        head_dim,
-                        group,
-                        head_dim,
-                        at(kv_cache, place + head * head_lanes),
-                        ahead,
-                        at(weights, head * group * stride + number * block_size),
-                        stride,
+                    source, keys = at(q, head * group * head_dim), at(kv_cache, place + head * head_lanes)
+                    scores = at(weights, head * group * stride + number * block_size)
+                    _queries_times_keys(
+                        block_size, group, source, head_dim, group, head_dim, keys, ahead, scores, stride
                     )
-            totals = np.empty(part_rows, np.float32)
-            for member in range(part_rows):
-                scores = weights[member]
-                peak, total = np.float32(-np.inf), np.float32(0)
-                for position in range(length):
-                    peak = max(peak, scores[position])
-                for position in range(length):
-                    weight = exp(scores[position] - peak)
-                    scores[position] = weight
-                    total += weight
-                totals[member] = total
+            _scores_to_weights(weights, length, totals)
             for number in range(num_blocks):
                 place = table[number] * block_lanes + first_key + first_value
-                ahead = 0
-                if number + 1 < num_blocks:
-                    ahead = table[number + 1] * block_lanes + first_key + first_value - place
-                num_positions = min(block_size, length - number * block_size)
+                ahead = table[min(number + 1, num_blocks - 1)] * block_lanes + first_key + first_value - place
+                depth = min(block_size, length - number * block_size)
                 for head in range(part_heads):
-                    weights_times_values(
-                        at(weights, head * group * stride + number * block_size),
-                        stride,
-                        group,
-                        num_positions,
-                        at(kv_cache, place + head * head_lanes),
-                        ahead,
-                        at(attended, head * group * head_dim),
-                        head_dim,
-                    )
+                    source = at(weights, head * group * stride + number * block_size)
+                    values, sums = at(kv_cache, place + head * head_lanes), at(attended, head * group * head_dim)
+                    _weights_times_values(head_dim, group, source, stride, group, depth, values, ahead, sums, head_dim)
             for member in range(part_rows):
                 factor = np.float32(1) / totals[member]
                 for i in range(head_dim):

@@ -16,7 +16,7 @@ from llvmlite import ir
 from engine.device.kernels.compiled import HOST, for_any_size
 from engine.device.kernels.vectors import (
     LANES,
-    Product,
+    NUM_SUMS,
     at,
     of_floats,
     of_int8_at_once,
@@ -31,9 +31,9 @@ WIDTH = 2 * LANES if LANES == 16 else 3 * LANES
 INT8_LEVELS = 127 if HOST.get("avx512vnni") else 63 if HOST.get("avx2") else None
 _AHEAD = 64 * WIDTH  # lanes
 
-_rows_times_floats = rows_times_panel(Product(lane=ir.FloatType(), multiply_and_add=of_floats, width=WIDTH))
+_rows_times_floats = rows_times_panel(ir.FloatType(), of_floats)
 _of_int8 = of_int8_at_once if INT8_LEVELS == 127 else of_int8_in_pairs
-_rows_times_int8 = rows_times_panel(Product(lane=ir.IntType(32), multiply_and_add=_of_int8, width=WIDTH))
+_rows_times_int8 = rows_times_panel(ir.IntType(32), _of_int8)
 
 
 def pack(lanes: np.ndarray) -> np.ndarray:
@@ -56,10 +56,12 @@ def multiply(x, panels, bias, out):
         end = min(first + WIDTH, num_outputs)
         panel = at(panels, first * depth)
         if end - first == WIDTH:
-            _rows_times_floats(at(x, 0), depth, num_rows, depth, panel, _AHEAD, at(out, first), num_outputs)
+            _rows_times_floats(
+                WIDTH, NUM_SUMS, at(x, 0), depth, num_rows, depth, panel, _AHEAD, at(out, first), num_outputs
+            )
         else:
             part = np.empty((num_rows, WIDTH), np.float32)
-            _rows_times_floats(at(x, 0), depth, num_rows, depth, panel, _AHEAD, at(part, 0), WIDTH)
+            _rows_times_floats(WIDTH, NUM_SUMS, at(x, 0), depth, num_rows, depth, panel, _AHEAD, at(part, 0), WIDTH)
             out[:, first:] = part[:, : end - first]
         if bias is not None:
             out[:, first:end] += bias[first:end]
@@ -73,7 +75,8 @@ def _multiply_int8(x, panels, offsets, scales, peaks, bias, out):
     for index in numba.prange(len(panels)):
         first = index * WIDTH
         sums = np.empty((num_rows, WIDTH), np.int32)
-        _rows_times_int8(at(x, 0), depth, num_rows, depth, at(panels, first * depth), _AHEAD, at(sums, 0), WIDTH)
+        panel = at(panels, first * depth)
+        _rows_times_int8(WIDTH, NUM_SUMS, at(x, 0), depth, num_rows, depth, panel, _AHEAD, at(sums, 0), WIDTH)
         for row in range(num_rows):
             for i in range(min(WIDTH, num_outputs - first)):
                 out[row, first + i] = np.float32(sums[row, i] - offsets[first + i]) * scales[first + i] * peaks[row, 0]

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from engine.device.kernels.compiled import HOST
 
 # What a register holds, and how many registers sums may take: the others are for weights and for numbers of the rows.
-LANES, _NUM_SUMS = (16, 20) if HOST.get("avx512f") else (8, 12)
+LANES, NUM_SUMS = (16, 20) if HOST.get("avx512f") else (8, 12)
 _MOST_VECTORS = 4  # across a panel, at a time
 _UNROLLED = 4  # steps of depth between two looks at the loop's end
 _FETCHED = 16  # lanes that one prefetch brings
@@ -45,8 +45,8 @@ class Product:
     lane: ir.Type
     multiply_and_add: MultiplyAndAdd  # the instructions for a vector of sums, of numbers and of weights
     width: int  # of a panel
-    most_rows: int = _NUM_SUMS  # at a time
-    adds: bool = False  # to what is there, which is overwritten otherwise
+    most_rows: int  # at a time
+    adds: bool  # to what is there, which is overwritten otherwise
 
     @property
     def lanes(self) -> int:
@@ -60,21 +60,30 @@ class Product:
 
     def row_counts(self, num_vectors: int) -> list[int]:
         """How many rows are taken at a time while there are as many."""
-        most = min(self.most_rows, _NUM_SUMS // num_vectors)
+        most = min(self.most_rows, NUM_SUMS // num_vectors)
         return sorted({most, *(count for count in (8, 4, 3, 2, 1) if count < most)}, reverse=True)
 
 
-def rows_times_panel(product: Product) -> Any:
+def rows_times_panel(lane: ir.Type, multiply_and_add: MultiplyAndAdd, *, adds: bool = False) -> Any:
     """A function for kernels: `out[r, c]` = sum over k of `x[r, k] * panel[k, c]`.
 
-    Of its arguments x, panel and out are addresses, strides are those of rows, in lanes, and `ahead` is how far from
-    each number of the panel the one lies that is to be fetched meanwhile.
+    Of its arguments, width and most_rows are constants; x, panel and out are addresses; strides are those of rows, in
+    lanes; `ahead` is how far from each number of the panel the one lies that is to be fetched meanwhile.
     """
 
-    @intrinsic
-    def multiply(context, x, x_stride, num_rows, depth, panel, ahead, out, out_stride):
+    # NOTE: constants as arguments, not a function for each: a kernel that holds one of its own is not kept on disk.
+    @intrinsic(prefer_literal=True)
+    def multiply(context, width, most_rows, x, x_stride, num_rows, depth, panel, ahead, out, out_stride):
+        product = Product(
+            lane=lane,
+            multiply_and_add=multiply_and_add,
+            width=width.literal_value,
+            most_rows=most_rows.literal_value,
+            adds=adds,
+        )
+
         def generate(codegen, builder, signature, arguments):
-            x, x_stride, num_rows, depth, panel, ahead, out, out_stride = arguments
+            _, _, x, x_stride, num_rows, depth, panel, ahead, out, out_stride = arguments
             for columns in product.column_groups():
                 done = _INDEX(0)
                 for count in product.row_counts(len(columns)):
@@ -92,7 +101,7 @@ def rows_times_panel(product: Product) -> Any:
             return codegen.get_dummy_value()
 
         index = types.intp
-        return types.void(x, index, index, index, panel, index, out, index), generate
+        return types.void(width, most_rows, x, index, index, index, panel, index, out, index), generate
 
     return multiply
 

@@ -49,13 +49,14 @@ def iterate(scheduler: Scheduler, token: int = TOKEN) -> list[int]:
 # --- how many prompt tokens join those who decode ---
 
 
-def iterate_timed(scheduler: Scheduler, now: float, token_s: float) -> list[int]:
+def iterate_timed(scheduler: Scheduler, token_s: float) -> list[int]:
     """One iteration that takes so long for each of its tokens; the tokens of its parts."""
-    batch = scheduler.schedule(now)
+    batch = scheduler.schedule(2.0)
     assert batch is not None
     sizes = [part.num_tokens for part in batch.sequences]
     sampled = [SampledToken(TOKEN, None) for part in batch.sequences if part.samples]
-    scheduler.update(batch, sampled, now + token_s * sum(sizes))
+    scheduler.update(batch, sampled)
+    scheduler.observe(batch.counts, token_s * sum(sizes))
     return sizes
 
 
@@ -74,11 +75,11 @@ def make_paced(**limits: int | bool) -> Scheduler:
 def chunks_beside_a_decode(scheduler: Scheduler, token_s: float, prompt_len: int = 2000) -> list[int]:
     """How a prompt is cut while another sequence decodes."""
     add(scheduler, 0, 4, max_tokens=1000)
-    assert iterate_timed(scheduler, 1.0, token_s) == [4]
+    assert iterate_timed(scheduler, token_s) == [4]
     add(scheduler, 1, prompt_len)
     sizes: list[int] = []
     while sum(sizes) < prompt_len:
-        decode, chunk = iterate_timed(scheduler, 2.0, token_s)
+        decode, chunk = iterate_timed(scheduler, token_s)
         assert decode == 1
         sizes.append(chunk)
     return sizes
@@ -87,7 +88,7 @@ def chunks_beside_a_decode(scheduler: Scheduler, token_s: float, prompt_len: int
 def test_a_prompt_alone_is_computed_at_the_whole_budget():
     scheduler = make_paced()
     add(scheduler, 0, 2000)
-    assert [iterate_timed(scheduler, 1.0, 1e-3) for _ in range(4)] == [[512], [512], [512], [464]]
+    assert [iterate_timed(scheduler, 1e-3) for _ in range(4)] == [[512], [512], [512], [464]]
 
 
 def test_beside_a_decode_a_prompt_is_cut_so_that_iterations_take_what_suits():
