@@ -60,7 +60,7 @@ class TorchRunner:
         self.suited_iteration_s = _SUITED_ITERATION_S[self._device.type]
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913  what to load, then one option a way of starting
         cls,
         model: ModelConfig,
         cache: CacheConfig,
