@@ -142,8 +142,9 @@ def arrive(sides: Sequence[Side], args: argparse.Namespace) -> dict[str, Any]:
         return bool(rows[-1]["good_share"] >= arrivals.SHARE)
 
     if args.goodput:
+        low, high = args.goodput
         for side in sides:
-            goodputs[side.name] = arrivals.highest(functools.partial(holds, side), *args.goodput, args.trials)
+            goodputs[side.name] = arrivals.highest(functools.partial(holds, side), low, high, args.trials)
     names = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
     table(
         f"Poisson arrivals for {args.seconds:g} s",

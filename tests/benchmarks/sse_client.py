@@ -146,13 +146,16 @@ async def stream_arrivals(url: str, model: str, arrivals: Sequence[Arrival]) -> 
     """Each request at its instant, on a connection of its own; times to first tokens count from that instant. The
     answers are in the order of arrivals. Raises LoadError."""
     address, loop = urlsplit(url), asyncio.get_running_loop()
+    host, port = address.hostname, address.port
+    assert host is not None, f"no host in {url}"
+    assert port is not None, f"no port in {url}"
     requests = [make_request(url, make_body(model, one.prompt, one.max_tokens)) for one in arrivals]
     began, cpu = time.perf_counter(), time.process_time()
 
     async def ask_at(at_s: float, request: bytes) -> Answer:
         due = began + at_s
         await asyncio.sleep(due - time.perf_counter())
-        transport, stream = await loop.create_connection(Stream, address.hostname, address.port)
+        transport, stream = await loop.create_connection(Stream, host, port)
         try:
             late_s = time.perf_counter() - due
             answer = await stream.ask(transport, request)

@@ -73,7 +73,9 @@ def rows_times_panel(lane: ir.Type, multiply_and_add: MultiplyAndAdd, *, adds: b
 
     # NOTE: constants as arguments, not a function for each: a kernel that holds one of its own is not kept on disk.
     @intrinsic(prefer_literal=True)
-    def multiply(context, width, most_rows, x, x_stride, num_rows, depth, panel, ahead, out, out_stride):
+    def multiply(  # noqa: PLR0913 - numba gives an intrinsic its arguments one by one
+        context, width, most_rows, x, x_stride, num_rows, depth, panel, ahead, out, out_stride
+    ):
         product = Product(
             lane=lane,
             multiply_and_add=multiply_and_add,

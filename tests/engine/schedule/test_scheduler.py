@@ -60,7 +60,7 @@ def iterate_timed(scheduler: Scheduler, token_s: float) -> list[int]:
     return sizes
 
 
-def make_paced(**limits: int | bool) -> Scheduler:
+def make_paced(**limits: Any) -> Scheduler:
     return Scheduler(
         SchedulerConfig(**limits),
         BlockPool(512, 16, False),
