@@ -7,7 +7,7 @@ values are read once for all of them.
 
     block:  K of head 0 (head_dim x block_size), K of head 1, ... V of head 0 (block_size x head_dim), V of head 1, ...
 
-Measured, 30 layers of SmolLM2-135M at 200 positions, on a busy EPYC, least of 40 in alternation, keys as they come and
+Measured, 30 layers of SmolLM2-135M at 200 positions on a busy EPYC, least of 40 in alternation, keys as they come and
 this, cache in memory (and in the processor's own): AVX2 emulated, 32 sequences, one thread 36.5 and 22.4 ms (23.1 and
 9.8), 1 sequence, two threads 0.74 and 0.56 (0.60 and 0.32); AVX-512 55.7 and 42.6 (35.1 and 16.9), 0.67 and 0.44 (0.60
 and 0.29).

@@ -24,7 +24,7 @@ from engine.device.kernels.vectors import (
     rows_times_panel,
 )
 
-# Measured, AVX2 emulated, one thread of a busy EPYC, all layers of SmolLM2-135M in panels of 2 vectors and of 3, one run
+# Measured, AVX2 emulated, a thread of a busy EPYC, all layers of SmolLM2-135M in panels of 2 vectors and of 3, one run
 # of each and not in alternation: in float32 at 8 rows 45 and 28 ms, at 32 rows 94 and 104; in int8 at 1, 8 and 32 rows
 # 11, 20 and 86 and 8, 12 and 51 (with 2 vectors and 8 sums: 45 at 32).
 WIDTH = 2 * LANES if LANES == 16 else 3 * LANES
