@@ -240,6 +240,7 @@ class FakeAsk:
     sampling: SamplingParams
     n: int
     priority: int
+    context: RequestContext
     generation: FakeGeneration
 
 
@@ -266,5 +267,5 @@ class FakeClients:
         if isinstance(script, Exception):
             raise script
         generation = FakeGeneration(script, self.log)
-        self.asks.append(FakeAsk(prompt_token_ids, asked.sampling, asked.n, asked.priority, generation))
+        self.asks.append(FakeAsk(prompt_token_ids, asked.sampling, asked.n, asked.priority, asked.context, generation))
         return generation

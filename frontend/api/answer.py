@@ -213,8 +213,9 @@ class Answer:
             generation.stop(delta.index)
             generation.undelivered(num_past_stop, "stop")
 
-    def deliver(self, pieces: Iterable[Piece]) -> None:
-        """Count these pieces' tokens as delivered, and each request that ends with them as finished."""
+    def deliver(self, pieces: Iterable[Piece]) -> bool:
+        """Count these pieces' tokens as delivered, and each request that ends with them as finished. Whether they are
+        the answer's last."""
         for piece in pieces:
             prompt = piece.choice // self._n
             generation = self._generations[prompt]
@@ -224,6 +225,7 @@ class Answer:
                 self._num_undelivered[prompt] -= 1
                 if not self._num_undelivered[prompt]:
                     generation.finish()
+        return self.is_delivered
 
     def close(self) -> None:
         """Ends what still runs; idempotent."""

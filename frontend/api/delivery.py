@@ -16,18 +16,20 @@ from frontend.api.answer import Answer, Piece
 from frontend.counters import GroupCommit
 
 Sink = Callable[[str], bool]  # writes the words, and says whether it would take more
+Say = Callable[[list[Piece]], tuple[str, bool]]  # counts pieces; their words, and whether these are the last
 
 
 class Delivery:
-    """Delivers one answer. `say` counts pieces and puts them into words, none while there is nothing to write yet."""
+    """Delivers one answer. `say` gives no words while there is nothing to write yet."""
 
-    def __init__(self, answer: Answer, group: GroupCommit, say: Callable[[list[Piece]], str]) -> None:
+    def __init__(self, answer: Answer, group: GroupCommit, say: Say) -> None:
         self._answer = answer
         self._group = group
         self._say = say
         self._sink: Sink | None = None
         self._sleeper: asyncio.Future[str] | None = None
         self._words = ""
+        self._are_last = False
         self._has_joined = False
         self._has_news = False
         answer.listen(self._on_news)
@@ -54,7 +56,7 @@ class Delivery:
         try:
             pieces = self._answer.take()
             if pieces:
-                self._words = self._say(pieces)
+                self._words, self._are_last = self._say(pieces)
         except Exception as error:  # noqa: BLE001 - it is the coroutine's, and no concern of the other parties
             sleeper.set_exception(error)
 
@@ -64,7 +66,7 @@ class Delivery:
         sleeper = self._sleeper
         if not words or sleeper is None or sleeper.done():
             return
-        if self._sink is None or self._answer.is_delivered:
+        if self._sink is None or self._are_last:
             sleeper.set_result(words)
             return
         try:

@@ -229,18 +229,18 @@ class OpenAIService:
         """One JSON answer, when all is there."""
         choices: dict[int, Piece] = {}
 
-        def say(pieces: list[Piece]) -> str:
+        def say(pieces: list[Piece]) -> tuple[str, bool]:
             for piece in pieces:
                 if piece.choice in choices:
                     choices[piece.choice].extend(piece)
                 else:
                     choices[piece.choice] = piece
             if not answer.is_finished:
-                return ""
+                return "", False
             in_order = [choices[number] for number in sorted(choices)]
-            answer.deliver(in_order)
+            is_last = answer.deliver(in_order)
             counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
-            return json.dumps(reply.whole(in_order, counts))
+            return json.dumps(reply.whole(in_order, counts)), is_last
 
         return web.json_response(text=await Delivery(answer, self._group, say).next())
 
@@ -249,15 +249,15 @@ class OpenAIService:
     ) -> web.StreamResponse:
         """Server-sent events, one write a turn."""
 
-        def say(pieces: list[Piece]) -> str:
-            answer.deliver(pieces)
+        def say(pieces: list[Piece]) -> tuple[str, bool]:
+            is_last = answer.deliver(pieces)
             events = "".join(map(reply.events, pieces))
-            if not answer.is_delivered:
-                return events
+            if not is_last:
+                return events, False
             if request.stream_options.include_usage:
                 counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
                 events += reply.usage_event(counts)
-            return events + DONE
+            return events + DONE, True
 
         response = web.StreamResponse(headers=STREAM_HEADERS)
         delivery = Delivery(answer, self._group, say)

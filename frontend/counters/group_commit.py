@@ -31,7 +31,7 @@ class GroupCommit:
 
     def __init__(self, commit: Callable[[], None], bulkhead: Bulkhead) -> None:
         self._commit = commit
-        self._bulkhead = bulkhead
+        self._bulkhead = bulkhead.around("commit")
         self._parties: list[Party] = []
         self._is_due = False
 
@@ -46,7 +46,7 @@ class GroupCommit:
         parties, self._parties = self._parties, []
         for party in parties:
             party.count()
-        with self._bulkhead.around("commit"):
+        with self._bulkhead:
             self._commit()
         for party in parties:
             party.hand_over()

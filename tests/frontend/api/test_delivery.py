@@ -49,13 +49,13 @@ class Client:
         self.log.append(f"{self.name}write {words}")
         return self.takes_more
 
-    def _say(self, pieces: list[Piece]) -> str:
+    def _say(self, pieces: list[Piece]) -> tuple[str, bool]:
         if self.fault is not None:
             raise self.fault
-        self.answer.deliver(pieces)
+        are_last = self.answer.deliver(pieces)
         words = "".join(piece.text for piece in pieces)
         self.log.append(f"{self.name}count {words}")
-        return words
+        return words, are_last
 
 
 def make(num: int = 1) -> tuple[list[Client], list[str]]:

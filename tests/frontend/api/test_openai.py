@@ -62,6 +62,7 @@ async def serving(clients: FakeClients) -> AsyncIterator[HTTP]:
         yield http
 
 
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 
@@ -599,3 +600,19 @@ async def test_the_official_client_meets_its_own_errors():
         streamed = await client.completions.create(model="tiny", prompt="x", stream=True)
         with pytest.raises(openai.APIError, match="engine 0 ended"):
             [chunk async for chunk in streamed]
+
+
+@pytest.mark.parametrize(("path", "operation"), [(COMPLETIONS, "text_completion"), (CHAT, "chat")])
+async def test_what_runs_for_a_request_is_handed_its_context(path: str, operation: str):
+    clients = FakeClients(says("hello"))
+    headers = {"traceparent": TRACEPARENT, "tracestate": "a=b", "Authorization": "Bearer secret"}
+    asked: dict[str, Any] = {"prompt": "x"} if path == COMPLETIONS else {"messages": MESSAGES}
+    async with (
+        serving(clients) as http,
+        http.post(path, json={**asked, "model": "alias/tiny"}, headers=headers) as answer,
+    ):
+        body = await answer.json()
+    (ask,) = clients.asks
+    assert (ask.context.operation, ask.context.model, ask.context.response_id) == (operation, "alias/tiny", body["id"])
+    assert ask.context.trace_headers == {"traceparent": TRACEPARENT, "tracestate": "a=b"}
+    assert ask.context.origin == ("trace_id", TRACEPARENT.split("-")[1])
