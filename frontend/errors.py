@@ -55,6 +55,13 @@ class NotFound(ApiError):
     type = "invalid_request_error"
 
 
+class UnsupportedMediaType(ApiError):
+    """The body is not in a form that the server reads."""
+
+    status = 415
+    type = "invalid_request_error"
+
+
 class TooManyRequests(ApiError):
     """Refused at the door: the engine takes no more messages."""
 

@@ -164,8 +164,14 @@ class Server:
 
 def _runner(app: web.Application, shutdown_timeout_s: float) -> web.AppRunner:
     # handler_cancellation: a client that has gone cancels its handler, which aborts its sequences.
+    # auto_decompress: a body of 1 MB that holds 1 GB would stop the event loop for seconds, whoever reads it or not.
     return web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_timeout_s, handle_signals=False
+        app,
+        auto_decompress=False,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=shutdown_timeout_s,
+        handle_signals=False,
     )
 
 

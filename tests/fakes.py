@@ -257,6 +257,9 @@ class FakeClients:
         self.asks: list[FakeAsk] = []
         self.has_taken_all = asyncio.Event()
 
+    def admit(self, num_sequences: int) -> None:
+        pass
+
     def submit(self, prompt_token_ids: list[int], asked: Asked) -> FakeGeneration:
         wire.decode_from_api_server(
             wire.encode(Submit(0, 1, prompt_token_ids, asked.sampling, asked.priority))

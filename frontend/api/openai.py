@@ -26,23 +26,32 @@ from frontend.api.protocol import (
     Prompt,
     check_token_ids,
     parse_request,
+    too_long,
 )
 from frontend.api.replies import DONE, ChatReply, CompletionReply, Reply, event, usage
 from frontend.context import TRACE_HEADERS, RequestContext
 from frontend.counters import GroupCommit
 from frontend.engines import Asked
-from frontend.errors import ApiError, BadRequest, NotFound, error_body
+from frontend.errors import ApiError, BadRequest, NotFound, UnsupportedMediaType, error_body
 from frontend.routes import Handler, Route, route_of
-from frontend.text import ChatTemplateError, SequenceText, StopStrings, Tokenizer
+from frontend.text import ChatTemplateError, SequenceText, Stops, StopStrings, Tokenizer
 
-LONG_TEXT: Final = 20_000  # characters; longer ones are tokenised in a thread. Measured: 0.7 µs a character
-STREAM_HEADERS: Final = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+LONG_TEXT: Final = 4_000  # characters; more are tokenised in a thread. Measured: 0.7 to 8 µs a character
+MAX_TOKENISING: Final = 2  # requests whose long texts are tokenised at a time
+STREAM_HEADERS: Final = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx hands events on as they come
+}
 
 Answering = Coroutine[Any, Any, web.StreamResponse]
 
 
 class Clients(Protocol):
     """The engines, seen from here; `frontend.engines.engine_client` has them."""
+
+    def admit(self, num_sequences: int) -> None:
+        """Raises EngineUnavailable, TooManyRequests where so many could not be submitted now."""
 
     def submit(self, prompt_token_ids: list[int], asked: Asked) -> Generation:
         """Raises EngineUnavailable, TooManyRequests."""
@@ -68,14 +77,15 @@ class OpenAIService:
         self._names = tuple(served_model_names)
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
+        self._tokenising = asyncio.Semaphore(MAX_TOKENISING)
         self._created_unix = int(time.time()) if created_unix is None else created_unix
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
         arrived_at = time.monotonic()
-        request = parse_request(CompletionRequest, await http.read())
+        request = parse_request(CompletionRequest, await read_json(http))
         context = self._context(http, request, "cmpl", arrived_at)
-        prompts = [await self._prompt_ids(prompt, request) for prompt in request.prompt]
+        prompts = await self._token_ids(request.prompt, request)
         echoes = [self._prompt_text(prompt, request) for prompt in request.prompt] if request.echo else []
         reply = CompletionReply(
             **_heading(context, request),
@@ -88,11 +98,11 @@ class OpenAIService:
     async def chat_completions(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
         arrived_at = time.monotonic()
-        request = parse_request(ChatRequest, await http.read())
+        request = parse_request(ChatRequest, await read_json(http))
         context = self._context(http, request, "chatcmpl", arrived_at)
-        prompt = await self._prompt_ids(self._conversation(request), request)
+        prompts = await self._token_ids([self._conversation(request)], request)
         reply = ChatReply(**_heading(context, request), token_bytes=self._tokenizer.token_bytes)
-        return await self._answer(http, request, [prompt], reply, context)
+        return await self._answer(http, request, prompts, reply, context)
 
     async def models(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/models."""
@@ -110,6 +120,8 @@ class OpenAIService:
             "object": "model",
             "created": self._created_unix,
             "owned_by": "wholebatch",
+            "root": name,
+            "parent": None,
             "max_model_len": self._max_model_len,
         }
 
@@ -119,7 +131,7 @@ class OpenAIService:
         return name
 
     def _model(self, request: GenerationRequest) -> str:
-        return self._names[0] if request.model is None else self._known(request.model)
+        return self._known(request.model) if request.model else self._names[0]
 
     def _context(self, http: web.Request, request: GenerationRequest, prefix: str, arrived_at: float) -> RequestContext:
         route = route_of(http)
@@ -145,26 +157,30 @@ class OpenAIService:
         except ChatTemplateError as error:
             raise BadRequest(str(error), param="messages") from error
 
-    async def _prompt_ids(self, prompt: Prompt, request: GenerationRequest) -> list[int]:
-        if isinstance(prompt, list):
-            check_token_ids(prompt, self._vocab_size, request.PROMPT_PARAM)
-            return prompt
-        if not self._tokenizer.can_fit(prompt, self._max_model_len):
-            raise BadRequest(
-                f"the prompt of {len(prompt)} characters is longer than the model's context "
-                f"of {self._max_model_len} tokens",
-                param=request.PROMPT_PARAM,
-                code="context_length_exceeded",
-            )
-        if len(prompt) <= LONG_TEXT:
-            token_ids = self._tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
-        else:
-            token_ids = await asyncio.to_thread(
-                self._tokenizer.encode, prompt, add_special_tokens=request.add_special_tokens
-            )
-        if not token_ids:
-            raise BadRequest("the prompt has no tokens", param=request.PROMPT_PARAM)
-        return token_ids
+    async def _token_ids(self, prompts: Sequence[Prompt], request: GenerationRequest) -> list[list[int]]:
+        """Each prompt's. What cannot be served is refused before anything is tokenised; long texts are tokenised in a
+        thread, of few requests at a time."""
+        self._clients.admit(len(prompts) * request.n)
+        for prompt in prompts:
+            if isinstance(prompt, list):
+                check_token_ids(prompt, self._vocab_size, request.PROMPT_PARAM)
+            elif not self._tokenizer.can_fit(prompt, self._max_model_len):
+                raise too_long(f"your prompt has {len(prompt)} characters", self._max_model_len, request.PROMPT_PARAM)
+        num_characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        if num_characters <= LONG_TEXT:
+            return self._encode(prompts, request)
+        async with self._tokenising:
+            return await asyncio.to_thread(self._encode, prompts, request)
+
+    def _encode(self, prompts: Sequence[Prompt], request: GenerationRequest) -> list[list[int]]:
+        found = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                prompt = self._tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
+            if not prompt:
+                raise BadRequest("the prompt has no tokens", param=request.PROMPT_PARAM)
+            found.append(prompt)
+        return found
 
     def _prompt_text(self, prompt: Prompt, request: GenerationRequest) -> str:
         if isinstance(prompt, str):
@@ -198,9 +214,10 @@ class OpenAIService:
                     priority=request.priority,
                 )
                 generations.append(self._clients.submit(prompt, asked))
+            stops = Stops(request.stop, includes_stop=request.include_stop_str_in_output)
             answer = Answer(
                 generations,
-                lambda: self._sequence_text(request),
+                lambda: self._sequence_text(request, stops),
                 n=request.n,
                 shows_stop_token=request.include_stop_str_in_output,
             )
@@ -218,10 +235,10 @@ class OpenAIService:
             for generation in generations:
                 generation.close()
 
-    def _sequence_text(self, request: GenerationRequest) -> SequenceText:
+    def _sequence_text(self, request: GenerationRequest, stops: Stops) -> SequenceText:
         return SequenceText(
             self._tokenizer.detokenizer(skip_special_tokens=request.skip_special_tokens),
-            StopStrings(request.stop, includes_stop=request.include_stop_str_in_output),
+            StopStrings(stops),
             min_tokens=request.min_tokens,
         )
 
@@ -280,6 +297,16 @@ class OpenAIService:
             words = event(error_body(error))
         await response.write_eof(words.encode())
         return response
+
+
+async def read_json(http: web.Request) -> bytes:
+    """The body. Only JSON is taken, and only as it is: a page of another origin may post texts without being asked,
+    and what is compressed may be a thousand times as large. Raises UnsupportedMediaType."""
+    if http.content_type != "application/json":
+        raise UnsupportedMediaType(f"Content-Type should be application/json, not {http.content_type[:80]!r}")
+    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("a compressed body is not read: send it as it is, without Content-Encoding")
+    return await http.read()
 
 
 def _chunks(http: web.Request) -> Sink | None:

@@ -178,6 +178,11 @@ class EngineClients:
     def has_ready_engine(self) -> bool:
         return self.router.has_ready()
 
+    def admit(self, num_sequences: int) -> None:
+        """Raises what `submit` would for so many sequences now: ask before what is costly, such as tokenising."""
+        self._choose()
+        self._admit(num_sequences)
+
     def submit(self, prompt_token_ids: list[int], asked: Asked) -> Generation:
         """Send n sequences to the least loaded engine; sequence i of a seeded request has seed + i. The caller closes
         the generation. Raises EngineUnavailable (no engine is ready), Overloaded (a limit is reached) or

@@ -6,13 +6,14 @@ Street: work. Text exists only in the API servers: engines know token ids.
 from __future__ import annotations
 
 from frontend.text.chat_template import ChatTemplateError
-from frontend.text.detokenizer import SequenceText, StopStrings
+from frontend.text.detokenizer import SequenceText, Stops, StopStrings
 from frontend.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 __all__ = [
     "ChatTemplateError",
     "SequenceText",
     "StopStrings",
+    "Stops",
     "Tokenizer",
     "TokenizerError",
     "load_tokenizer",

@@ -35,38 +35,62 @@ class Detokenizer:
         return held.decode("utf-8", "replace")
 
 
+class Stops:
+    """The stop strings of a request, prepared once for all of its sequences. Nothing of it changes."""
+
+    __slots__ = ("borders", "includes_stop", "texts")
+
+    def __init__(self, texts: Sequence[str], *, includes_stop: bool = False) -> None:
+        assert all(texts), "an empty stop string stops everywhere"
+        self.texts = tuple(texts)
+        self.borders = tuple(map(_borders, texts))
+        self.includes_stop = includes_stop
+
+
+def _borders(text: str) -> list[int]:
+    """Of each beginning, the length of its longest proper end that is a beginning of the text too.
+    Source: Knuth, Morris and Pratt, "Fast pattern matching in strings", 1977."""
+    borders = [0]
+    for character in text[1:]:
+        length = borders[-1]
+        while length and text[length] != character:
+            length = borders[length - 1]
+        borders.append(length + (text[length] == character))
+    return borders
+
+
 class StopStrings:
-    """Lets text through up to the first stop string; holds back an end that might be the beginning of one.
+    """Lets one sequence's text through up to the first stop string; holds back an end that might be the beginning of
+    one. A character costs a few steps for each stop string, however long those are.
 
     Of several stop strings in the same text the one that begins first counts.
     """
 
-    __slots__ = ("_beginnings", "_held", "_includes_stop", "_longest", "_stops")
+    __slots__ = ("_held", "_lengths", "_stops")
 
-    def __init__(self, stops: Sequence[str], *, includes_stop: bool = False) -> None:
-        assert all(stops), "an empty stop string stops everywhere"
-        self._stops = tuple(stops)
-        self._longest = max(map(len, stops), default=0)
-        self._beginnings = frozenset("".join(stop[:-1] for stop in stops))  # the characters of all their beginnings
-        self._includes_stop = includes_stop
+    def __init__(self, stops: Stops) -> None:
+        self._stops = stops
+        self._lengths = [0] * len(stops.texts)  # of each stop string's longest beginning at the end of the text so far
         self._held = ""
 
     @property
     def has_any(self) -> bool:
         """Whether there is anything to look for."""
-        return bool(self._stops)
+        return bool(self._lengths)
 
     def append(self, text: str) -> tuple[str, bool]:
         """(text that may be shown, whether a stop string was found: then nothing follows)."""
-        if not self._stops:
+        if not self._lengths:
             return text, False
         held = self._held + text
-        found = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops.texts if (at := held.find(stop)) >= 0]
         if found:
             at, stop = min(found)
             self._held = ""
-            return held[: at + len(stop) if self._includes_stop else at], True
-        keep = self._num_held(held)
+            return held[: at + len(stop) if self._stops.includes_stop else at], True
+        for number, stop in enumerate(self._stops.texts):
+            self._lengths[number] = _follow(stop, self._stops.borders[number], self._lengths[number], text)
+        keep = max(self._lengths)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
 
@@ -75,12 +99,14 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _num_held(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        if text[-1:] not in self._beginnings:
-            return 0
-        longest = min(self._longest - 1, len(text))
-        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+
+def _follow(stop: str, borders: list[int], length: int, text: str) -> int:
+    """The length of the stop string's longest beginning at the end, after more text in which it does not end."""
+    for character in text:
+        while length and stop[length] != character:
+            length = borders[length - 1]
+        length += stop[length] == character
+    return length
 
 
 class SequenceText:

@@ -35,6 +35,9 @@ async def test_until_the_facts_are_known_the_answer_is_503_with_when_to_try_agai
     assert headers["Retry-After"] == "1"
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 async def test_what_runs_and_which_version_is_told_from_the_start(deploy: Any):
     node = await one(deploy)
     without_facts(node)
@@ -86,7 +89,9 @@ async def test_with_api_keys_the_api_needs_one_of_them_and_the_rest_stays_open(d
 
 async def test_a_body_that_is_too_long_is_refused_in_the_usual_shape(deploy: Any):
     node = await one(deploy)
-    status, body, _ = await ask(node, "POST", "/v1/completions", data=io.BytesIO(b"a" * (MAX_BODY_BYTES + 1)))
+    status, body, _ = await ask(
+        node, "POST", "/v1/completions", data=io.BytesIO(b"a" * (MAX_BODY_BYTES + 1)), headers=JSON
+    )
     assert (status, set(body)) == (413, {"error"})
 
 
@@ -102,7 +107,7 @@ async def test_http_answers_are_counted_by_template_and_status_routes_are_not(de
         ("GET", "/metrics"),
         ("GET", "/version"),
     ]:
-        await ask(node, method, path, data=b"{" if method == "POST" else None)
+        await ask(node, method, path, data=b"{" if method == "POST" else None, headers=JSON)
     samples = await node.scrape()
     counted = {
         (dict(labels)["method"], dict(labels)["handler"], dict(labels)["status"]): value

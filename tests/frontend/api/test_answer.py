@@ -15,7 +15,7 @@ from engine.wire import Finish, Output, Start
 from frontend.api.answer import Answer, Piece
 from frontend.engines.generation import Generation, SequenceState
 from frontend.errors import ApiError, EngineLost, GenerationFailed
-from frontend.text.detokenizer import SequenceText, StopStrings
+from frontend.text.detokenizer import SequenceText, Stops, StopStrings
 from tests.fakes import fake_asked, fake_finish, fake_group, fake_start
 from tests.frontend.small_tokenizers import byte_level_tokenizer
 
@@ -82,7 +82,7 @@ class Run:
 
     @staticmethod
     def _text(stops: Sequence[str]) -> SequenceText:
-        return SequenceText(TOKENIZER.detokenizer(), StopStrings(stops))
+        return SequenceText(TOKENIZER.detokenizer(), StopStrings(Stops(stops)))
 
     def send(self, index: int, tokens: list[int], reason: str | None = None) -> None:
         """What the engine's connection does with an output: an ended sequence's tokens are not its concern."""

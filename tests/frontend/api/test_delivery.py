@@ -12,7 +12,7 @@ from frontend.api.delivery import Delivery
 from frontend.counters.group_commit import GroupCommit
 from frontend.engines.generation import Generation
 from frontend.errors import EngineLost
-from frontend.text.detokenizer import SequenceText, StopStrings
+from frontend.text.detokenizer import SequenceText, Stops, StopStrings
 from tests.fakes import fake_asked, fake_finish, fake_group, fake_start
 from tests.frontend.api.test_answer import Books, output_of
 from tests.frontend.small_tokenizers import byte_level_tokenizer
@@ -28,7 +28,7 @@ class Client:
         asked = fake_asked(n=1)
         books = self.books
         self.generation = Generation(books, books, group, lambda: 1.0, asked, [0])  # type: ignore[arg-type]
-        text = SequenceText(TOKENIZER.detokenizer(), StopStrings([]))
+        text = SequenceText(TOKENIZER.detokenizer(), StopStrings(Stops([])))
         self.answer = Answer([self.generation], lambda: text, n=1)
         self.log = log
         self.name = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 import socket
@@ -23,7 +24,7 @@ from frontend.api.answer import Answer, Piece
 from frontend.api.openai import OpenAIService, routes
 from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests, error_middleware
 from frontend.routes import mount
-from frontend.text.detokenizer import SequenceText, StopStrings
+from frontend.text.detokenizer import SequenceText, Stops, StopStrings
 from tests.fakes import FakeClients, FakeDelta, FakeGeneration, fake_finish, fake_start
 from tests.frontend.small_tokenizers import END, START, byte_level_tokenizer
 
@@ -63,6 +64,7 @@ async def serving(clients: FakeClients) -> AsyncIterator[HTTP]:
 
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+JSON = {"Content-Type": "application/json"}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 
@@ -284,7 +286,8 @@ async def ask_raw(http: HTTP, version: str) -> tuple[asyncio.StreamReader, async
     connection.setblocking(False)
     await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", http.port))
     reader, writer = await asyncio.open_connection(sock=connection, limit=4096)
-    writer.write(f"POST {COMPLETIONS} HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    head = f"POST {COMPLETIONS} HTTP/{version}\r\nHost: x\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
     return reader, writer
 
 
@@ -371,7 +374,7 @@ def test_every_token_is_delivered_or_past_the_stop(wakeups: list[list[int]], sto
     generation = FakeGeneration(script)
 
     async def run() -> list[Piece]:
-        answer = Answer([generation], lambda: SequenceText(TOKENIZER.detokenizer(), StopStrings(stop)), n=1)
+        answer = Answer([generation], lambda: SequenceText(TOKENIZER.detokenizer(), StopStrings(Stops(stop))), n=1)
         pieces = []
         answer.listen(lambda: None)
         while not answer.is_finished:
@@ -490,7 +493,7 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
     "a text certainly too long": (COMPLETIONS, {"prompt": "a" * 10_000}, 400, "10000 characters"),
     "a text too long": (COMPLETIONS, {"prompt": "a" * 100}, 400, "100 tokens"),
     "a token outside the vocabulary": (COMPLETIONS, {"prompt": [300]}, 400, "300"),
-    "an answer that does not fit": (COMPLETIONS, {"prompt": "a", "max_tokens": 64}, 400, "max_tokens"),
+    "an answer longer than the context": (COMPLETIONS, {"prompt": "a", "max_tokens": 65}, 400, "max_tokens"),
     "a conversation too long": (CHAT, {"messages": [{"role": "user", "content": "a" * 64}]}, 400, "messages"),
     "two megabytes": (COMPLETIONS, {"prompt": "a" * 2**21}, 413, "too large"),
 }
@@ -501,7 +504,9 @@ async def test_bad_input_never_reaches_an_engine(case: str):
     path, body, status, words = BAD[case]
     clients = FakeClients()
     async with serving(clients) as http:
-        answer = await http.post(path, data=io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode()))
+        answer = await http.post(
+            path, data=io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode()), headers=JSON
+        )
         assert answer.status == status
         assert words in json.dumps((await answer.json())["error"])
     assert not clients.asks
@@ -531,6 +536,8 @@ async def test_models_are_listed_by_every_name():
             "object": "model",
             "created": 1,
             "owned_by": "wholebatch",
+            "root": "tiny",
+            "parent": None,
             "max_model_len": 64,
         }
         assert (await http.get("/v1/models/other")).status == 404
@@ -616,3 +623,41 @@ async def test_what_runs_for_a_request_is_handed_its_context(path: str, operatio
     assert (ask.context.operation, ask.context.model, ask.context.response_id) == (operation, "alias/tiny", body["id"])
     assert ask.context.trace_headers == {"traceparent": TRACEPARENT, "tracestate": "a=b"}
     assert ask.context.origin == ("trace_id", TRACEPARENT.split("-")[1])
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"Content-Type": "text/plain"}, "application/json"),
+        ({}, "application/json"),
+        ({**JSON, "Content-Encoding": "gzip"}, "compressed"),
+        ({**JSON, "Content-Encoding": "br"}, "compressed"),
+    ],
+)
+async def test_a_body_in_another_form_is_refused_unread(headers: dict[str, str], words: str):
+    body = gzip.compress(b'{"prompt": "x"}') if "Content-Encoding" in headers else b'{"prompt": "x"}'
+    server = TestServer(application(FakeClients()))
+    await server.start_server(auto_decompress=False)
+    async with TestClient(server) as http, http.post(COMPLETIONS, data=io.BytesIO(body), headers=headers) as answer:
+        assert answer.status == 415
+        assert words in (await answer.json())["error"]["message"]
+
+
+async def test_an_answer_is_cut_to_what_the_context_leaves_as_by_vllm():
+    clients = FakeClients(says("hello"))
+    await post(clients, COMPLETIONS, prompt=[1] * 60, max_tokens=64)
+    assert clients.asks[0].sampling.max_tokens == 4
+
+
+async def test_nothing_is_tokenised_for_a_request_that_has_no_place(monkeypatch: pytest.MonkeyPatch):
+    clients = FakeClients()
+
+    def full(num_sequences: int) -> None:
+        raise TooManyRequests("queue is full")
+
+    def never(*_: Any, **__: Any) -> list[int]:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(clients, "admit", full)
+    monkeypatch.setattr(TOKENIZER, "encode", never)
+    await post(clients, COMPLETIONS, 429, prompt="x")

@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from engine import wire
 from engine.wire import SamplingParams, Submit
-from frontend.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, check_token_ids, parse_request
+from frontend.api.protocol import (
+    MAX_MESSAGES,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    check_token_ids,
+    parse_request,
+)
 from frontend.errors import BadRequest
 
 COMPLETION: dict[str, Any] = {"prompt": "a"}
@@ -106,7 +114,7 @@ def test_any_bytes_make_a_request_or_a_bad_request(body: bytes):
         ("max_tokens", "many"),
         ("max_tokens", True),
         ("max_tokens", 1.5),
-        ("max_tokens", 98),
+        ("max_tokens", 101),
         ("temperature", 7),
         ("temperature", -0.1),
         ("temperature", "1"),
@@ -175,7 +183,6 @@ def test_a_wrong_message_is_named_by_its_place(param: str, value: Any):
         ("functions", [{"name": "f"}]),
         ("audio", {"voice": "x"}),
         ("tool_choice", "required"),
-        ("reasoning_effort", "high"),
         ("top_logprobs", 2),
         ("logprobs", 2),
         ("max_completion_tokens", 0),
@@ -284,3 +291,41 @@ def test_a_token_outside_the_vocabulary_is_refused():
     for token in (-1, 1000):
         with pytest.raises(BadRequest, match=str(token)):
             check_token_ids([token], 1000, "prompt")
+
+
+MANY: dict[str, tuple[type[GenerationRequest], str]] = {
+    "messages": (ChatRequest, '{"messages":[' + ",".join(['{"role":"u"}'] * (MAX_MESSAGES + 1)) + "]}"),
+    "messages, wrong ones": (ChatRequest, '{"messages":[' + ",".join(["1"] * 150_000) + "]}"),
+    "parts": (ChatRequest, json.dumps({"messages": [{"role": "u", "content": [{"type": "text", "text": ""}] * 1025}]})),
+    "prompts": (CompletionRequest, '{"prompt":[' + ",".join(["[1]"] * 2049) + "]}"),
+    "fields": (CompletionRequest, '{"prompt":"a",' + ",".join(f'"{i:x}":1' for i in range(257)) + "}"),
+    "template arguments": (
+        ChatRequest,
+        json.dumps({"messages": [{"role": "u"}], "chat_template_kwargs": {f"{i:x}": 1 for i in range(257)}}),
+    ),
+    "characters of a stop string": (CompletionRequest, json.dumps({"prompt": "a", "stop": ["x" * 1025]})),
+    "values": (CompletionRequest, '{"prompt":[' + ",".join(["1"] * 200_002) + "]}"),
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_more_than_a_request_can_need_is_refused_by_its_number(what: str):
+    kind, body = MANY[what]
+    with pytest.raises(BadRequest):
+        parse_request(kind, body.encode())
+
+
+def test_only_the_first_of_many_faults_is_made():
+    """All of them would take a gigabyte for a body of four megabytes."""
+    body = b'{"messages":[' + b",".join([b"1"] * 15_000) + b"]}"
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate_json(body)
+    assert caught.value.error_count() == 1
+
+
+@pytest.mark.parametrize("number", [8, 8.0])
+def test_a_whole_number_may_be_written_with_a_point(number: float):
+    request = parse_request(CompletionRequest, json.dumps({"prompt": "a", "max_tokens": number, "n": 1.0}).encode())
+    assert (request.max_tokens, request.n) == (8, 1)
+    with pytest.raises(BadRequest, match="max_tokens"):
+        parse_request(CompletionRequest, b'{"prompt": "a", "max_tokens": 8.5}')

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from frontend.text.detokenizer import Detokenizer, SequenceText, StopStrings
+from frontend.text.detokenizer import Detokenizer, SequenceText, Stops, StopStrings
 from frontend.text.tokenizer import load_tokenizer
 from tests.frontend.small_tokenizers import END, START, byte_level_tokenizer, sentencepiece_tokenizer
 
@@ -69,7 +69,7 @@ def test_a_token_costs_the_same_at_the_end_of_a_long_text():
     """Even where no text comes out at all: 40,000 tokens of one never-ending broken character."""
 
     def seconds(num_tokens: int) -> float:
-        sequence = SequenceText(BYTE_LEVEL.detokenizer(), StopStrings(["\ufffd" * 20 + "x"]))
+        sequence = SequenceText(BYTE_LEVEL.detokenizer(), StopStrings(Stops(["\ufffd" * 20 + "x"])))
         started = time.process_time()
         for _ in range(num_tokens):
             sequence.append(0xFF)
@@ -83,7 +83,7 @@ def test_a_token_costs_the_same_at_the_end_of_a_long_text():
 
 
 def run(stops: list[str], parts: list[str], **options: bool) -> tuple[list[str], bool]:
-    found = StopStrings(stops, **options)
+    found = StopStrings(Stops(stops, **options))
     shown = []
     for part in parts:
         text, stopped = found.append(part)
@@ -146,14 +146,14 @@ def test_no_part_of_a_stop_string_is_ever_shown_too_early(parts: list[str], stop
 
 def test_an_empty_stop_string_is_a_fault_of_the_caller():
     with pytest.raises(AssertionError):
-        StopStrings([""])
+        StopStrings(Stops([""]))
 
 
 # --- a sequence ---
 
 
 def sequence(stops: list[str], *, min_tokens: int = 0) -> SequenceText:
-    return SequenceText(BYTE_LEVEL.detokenizer(), StopStrings(stops), min_tokens=min_tokens)
+    return SequenceText(BYTE_LEVEL.detokenizer(), StopStrings(Stops(stops)), min_tokens=min_tokens)
 
 
 def test_the_answers_tokens_end_with_the_one_that_completes_the_stop_string():
