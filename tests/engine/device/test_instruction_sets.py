@@ -14,10 +14,13 @@ from tests.instruction_sets import as_avx2
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.skipif(INSTRUCTION_SET != "avx512", reason="the other tests have tested it, or it cannot run here")
+@pytest.mark.xfail(
+    INSTRUCTION_SET != "avx512", run=False, reason="the other tests have tested it, or it cannot run here"
+)
 @pytest.mark.timeout(600)
 def test_all_of_it_holds_with_avx2_alone(tmp_path: Path):
     environment = as_avx2(tmp_path)
+    environment.pop("CI", None)  # a hundred examples of each property: the rest is tested beside it
     found = subprocess.run(
         [sys.executable, "-c", "from engine.device.kernels import compiled, packed\n"
          "print(compiled.INSTRUCTION_SET, packed.INT8_LEVELS)"],
