@@ -27,6 +27,7 @@ from engine.wire import Deployment
 from frontend import tracing
 from frontend.api import add_routes
 from frontend.config import ServerConfig
+from frontend.counters import HTTPAnswer
 from frontend.deployment_view import DeploymentView
 from frontend.errors import EngineUnavailable, NotFound, Unauthorized, error_middleware
 from frontend.scrape import OWN_PATH, PROCESSES_PATH, ScrapeRequest, scrape_request, targets
@@ -276,14 +277,22 @@ def _http_metrics(state: State) -> Any:
         if template.startswith(STATUS_ROUTES):
             return await handler(request)
         started_at = time.monotonic()
-        status = CLIENT_GONE
+        status, num_bytes = CLIENT_GONE, None
         try:
             response = await handler(request)
-            status = response.status
+            status, num_bytes = response.status, response.content_length
         finally:
             serving = state.serving
             if serving is not None:
-                serving.record.answered(request.method, template, status, time.monotonic() - started_at)
+                answer = HTTPAnswer(
+                    method=request.method,
+                    handler=template,
+                    status=status,
+                    seconds=time.monotonic() - started_at,
+                    num_request_bytes=request.content_length or 0,
+                    num_response_bytes=num_bytes or 0,
+                )
+                serving.record.answered(answer)
                 serving.group.soon()
         if serving is not None and not response.prepared:
             await serving.group.committed()  # P4: counted before it is seen

@@ -192,15 +192,15 @@ class Template:
             for series in layout.series
             if series.metric.scope in scopes and (has_gauges if series.metric.kind is Kind.GAUGE else log_stats)
         ]
-        histograms = [series for series in shown if series.bounds is not None]
+        histograms = [series for series in shown if series.bounds]
         most = max((series.num_cells - 1 for series in histograms), default=0)
         sources: list[int] = []  # of each line: where its value is among the cells and, after them, cumulated buckets
         families: dict[str, tuple[Metric, list[Line]]] = {}
         cumulated = layout.num_cells
         self._exemplar_lines: dict[int, int] = {}  # by bucket's cell
         for series in shown:
-            if series.bounds is None:
-                sources.append(series.offset)
+            if not series.bounds:
+                sources.extend(range(series.offset, series.offset + series.num_cells))  # a value; or count and sum
             else:
                 infinity = len(series.bounds)
                 self._exemplar_lines |= {series.offset + i: len(sources) + i for i in range(infinity + 1)}
@@ -265,7 +265,7 @@ def _lines(series: Series, constant: Labels) -> Iterator[Line]:
     if series.bounds is None:
         yield Line("", labels, series.metric.kind is Kind.COUNTER)
         return
-    for bound in (*series.bounds, math.inf):
+    for bound in (*series.bounds, math.inf) if series.bounds else ():
         yield Line("_bucket", (*labels, ("le", format_value(bound))), False)
     yield Line("_count", labels, False)
     yield Line("_sum", labels, True)

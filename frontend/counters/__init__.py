@@ -12,6 +12,7 @@ from frontend.counters.request_record import (
     EngineRecord,
     EngineTimes,
     FinishedRequest,
+    HTTPAnswer,
     RequestRecord,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "EngineTimes",
     "FinishedRequest",
     "GroupCommit",
+    "HTTPAnswer",
     "Party",
     "RequestRecord",
 ]

@@ -57,6 +57,19 @@ class FinishedRequest:
     origin: Origin | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HTTPAnswer:
+    """One answered HTTP request. `handler` is a route's template, never a path. Sizes are as Content-Length says, 0
+    where it says nothing."""
+
+    method: str
+    handler: str
+    status: int
+    seconds: float
+    num_request_bytes: int = 0
+    num_response_bytes: int = 0
+
+
 class EngineRecord:
     """What this API server counts about its requests on one engine."""
 
@@ -250,13 +263,22 @@ class RequestRecord:
             for method in METHODS
             for handler in HANDLERS
         }
+        self._http_all_seconds = layout.histogram("http_request_duration_highr_seconds")
+        self._http_bytes = {
+            handler: [layout.histogram(f"http_{what}_size_bytes", handler=handler) for what in ("request", "response")]
+            for handler in HANDLERS
+        }
 
-    def answered(self, method: str, handler: str, status: int, seconds: float) -> None:
-        """One HTTP answer; `handler` is a route's template, never a path."""
-        method = method if method in METHODS else OTHER
-        handler = handler if handler in HANDLERS else OTHER
-        self._tally.inc(self._http[method, handler, f"{status // 100}xx"])
-        self._observe(self._http_seconds[method, handler], seconds, 1)
+    def answered(self, answer: HTTPAnswer) -> None:
+        """One HTTP request was answered."""
+        method = answer.method if answer.method in METHODS else OTHER
+        handler = answer.handler if answer.handler in HANDLERS else OTHER
+        self._tally.inc(self._http[method, handler, f"{answer.status // 100}xx"])
+        self._observe(self._http_seconds[method, handler], answer.seconds, 1)
+        self._observe(self._http_all_seconds, answer.seconds, 1)
+        sizes = (answer.num_request_bytes, answer.num_response_bytes)
+        for summary, num_bytes in zip(self._http_bytes[handler], sizes, strict=True):
+            self._observe(summary, num_bytes, 1)
 
     def rejected(self, reason: str) -> None:
         """A request was refused at the door."""

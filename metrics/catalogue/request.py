@@ -14,6 +14,7 @@ from metrics.catalogue.metric import (
     METHODS,
     REJECTION_REASONS,
     STATUSES,
+    SUMMARY,
     UNDELIVERED_REASONS,
     Kind,
     Label,
@@ -30,7 +31,9 @@ def _request(
     return Metric(name=name, kind=kind, scope=Scope.REQUEST, help=text, unit=unit, labels=labels, buckets=buckets)
 
 
-def _http(kind: Kind, name: str, unit: str, text: str, labels: tuple[Label, ...], buckets: str | None = None) -> Metric:
+def _http(
+    kind: Kind, name: str, unit: str, text: str, labels: tuple[Label, ...] = (), buckets: str | None = None
+) -> Metric:
     return Metric(
         name=name,
         kind=kind,
@@ -224,5 +227,26 @@ REQUEST_METRICS: Final = (
         "Time an API server took from an HTTP request's headers to the end of its answer, by route template.",
         (Label("method", METHODS), Label("handler", HANDLERS)),
         buckets="http",
+    ),
+    _http(
+        HISTOGRAM,
+        "http_request_duration_highr_seconds",
+        "seconds",
+        "The same time over all routes and methods, in finer buckets.",
+        buckets="http_fine",
+    ),
+    _http(
+        SUMMARY,
+        "http_request_size_bytes",
+        "bytes",
+        "Bytes of HTTP requests as their Content-Length says, 0 where there is none, by route template.",
+        (Label("handler", HANDLERS),),
+    ),
+    _http(
+        SUMMARY,
+        "http_response_size_bytes",
+        "bytes",
+        "Bytes of answers as their Content-Length says, 0 where there is none (a stream), by route template.",
+        (Label("handler", HANDLERS),),
     ),
 )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frontend.counters.group_commit import GroupCommit
-from frontend.counters.request_record import EngineTimes, FinishedRequest, RequestRecord
+from frontend.counters.request_record import EngineTimes, FinishedRequest, HTTPAnswer, RequestRecord
 from metrics.catalogue import API_SERVER
 from metrics.files.exemplars import Origin
 from metrics.layout import Histogram, Layout, Shape, build_layout
@@ -125,12 +125,16 @@ def test_exemplars_are_told_of_requests_whose_origin_is_known_and_of_what_was_ob
 
 def test_http_answers_count_by_template_and_class_and_nothing_else_makes_a_series():
     record, tally = make()
-    record.answered("POST", "/v1/completions", 200, 0.5)
-    record.answered("BREW", "/v1/nobody/knows/17", 418, 0.5)
+    sizes = {"num_request_bytes": 70, "num_response_bytes": 300}
+    record.answered(HTTPAnswer(method="POST", handler="/v1/completions", status=200, seconds=0.5, **sizes))
+    record.answered(HTTPAnswer(method="BREW", handler="/v1/nobody/knows/17", status=418, seconds=0.5))
     assert cell(tally, "http_requests_total", method="POST", handler="/v1/completions", status="2xx") == 1
     assert cell(tally, "http_requests_total", method="other", handler="other", status="4xx") == 1
     name = "http_request_duration_seconds"
     assert observed(tally, name, method="POST", handler="/v1/completions") == (1, 0.5)
+    assert observed(tally, "http_request_duration_highr_seconds") == (2, 1.0)
+    assert observed(tally, "http_request_size_bytes", handler="/v1/completions") == (1, 70)
+    assert observed(tally, "http_response_size_bytes", handler="/v1/completions") == (1, 300)
 
 
 def test_closing_the_books_settles_exactly_what_was_open():
