@@ -1,48 +1,75 @@
 """What the operator chose, one frozen dataclass per owner; facts found at start travel elsewhere. Pure.
 
-`engine.serve` makes these from flags; `to_json` and `engine_config_from_json` carry them to an engine process by an
-inherited descriptor, so that nothing secret is ever an argument or an environment variable.
+A flag is declared on the field that it fills: name, type, bounds, default and help stand here and nowhere else.
+`engine.flags` makes the command line of it, `engine.wire` carries the parts to the children and checks the same bounds.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Final, Literal
 
-from engine.wire import Facts
+from msgspec import Meta
+
+from engine import default_model
+from engine.bounds import Count, NumProcesses, Port, Positive, Text, seconds
+from engine.options import Flag, Group, buckets, num_bytes, printable, url
+from metrics.catalogue import FINE_LATENCY
+
+API_KEY_VARIABLE: Final = "WHOLEBATCH_API_KEY"
+
+Buckets = tuple[tuple[str, tuple[float, ...]], ...]  # (family, bounds)
+
+_MODEL_HELP: Final = f"a Hugging Face directory or a .gguf file (default: {default_model.NAME}, fetched once)"
+_KEY_HELP: Final = f"what clients must present; seen in `ps` at the start, better set {API_KEY_VARIABLE}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Which weights, and how they are held."""
+    """Which weights, how they are held, and what clients call them."""
 
-    path: str  # a Hugging Face directory or a .gguf file
-    dtype: str = "auto"  # auto, float32, bfloat16, float16
-    quantization: str | None = None  # int8: of the matrices, on a CPU
-    max_model_len: int | None = None  # None: what the model was trained for
-    seed: int | None = None  # of samples without a seed of their own; None: drawn at each start
-    device: str = "auto"  # auto, cpu, cuda
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheConfig:
-    """The paged KV cache."""
-
-    block_size: int = 16  # tokens a block
-    num_gpu_blocks_override: int | None = None
-    kv_cache_memory_bytes: int | None = None
-    enable_prefix_caching: bool = True
+    path: Annotated[Text, Flag(_MODEL_HELP, name="--model")]
+    served_model_names: Annotated[
+        tuple[str, ...],
+        Flag(
+            "what clients call it; the first one labels metrics (default: the file's or directory's name)",
+            name="--served-model-name",
+            metavar="NAME",
+            parse=printable,
+        ),
+    ] = ()
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Flag("of weights and KV cache (default: as fits model and device)"),
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Flag("what computes (default: a GPU where there is one)")] = (
+        "auto"
+    )
+    quantization: Annotated[
+        Literal["int8"] | None,
+        Flag("hold and multiply the matrices as int8, on a CPU: faster, a little less exact (default: no)"),
+    ] = None
+    max_model_len: Annotated[Positive | None, Flag("longest context, in tokens (default: the model's)")] = None
+    seed: Annotated[
+        Count | None,
+        Flag("fixes what requests without a seed draw, for each engine's each start (default: at random)"),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """Limits of one iteration's batch."""
 
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int | None = None  # None: what suits the device, and what the other limits need
-    enable_chunked_prefill: bool = True
-    long_prefill_token_threshold: int = 0  # longest prefill chunk, in tokens; 0: only the budget limits it
+    max_num_seqs: Annotated[Positive, Flag("sequences in a batch (default: %(default)s)")] = 256
+    # None: what suits the device, and what the other limits need
+    max_num_batched_tokens: Annotated[
+        Positive | None, Flag("tokens computed in one iteration (default: 512 on a CPU, 2048 on a GPU)")
+    ] = None
+    enable_chunked_prefill: Annotated[bool, Flag("compute long prompts in parts (default: yes)")] = True
+    long_prefill_token_threshold: Annotated[
+        Count,
+        Flag("longest part of a prompt in one iteration; 0: only the budget limits it (default: %(default)s)"),
+    ] = 0
 
     def budget(self, suited: int, max_model_len: int) -> int:
         """Tokens of one iteration, where `suited` would be well for the device."""
@@ -52,77 +79,150 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StatsConfig:
-    """The statistics plane of one deployment, the same in every process."""
+class CacheConfig:
+    """The paged KV cache."""
 
-    log_stats: bool = True
-    publish_interval_s: float = 0.05
-    lease_s: float = 0.6
-    bucket_overrides: tuple[tuple[str, tuple[float, ...]], ...] = ()  # (family, bounds)
-    log_iteration_details: bool = False
-    stall_timeout_s: float = 60.0  # a busy loop without progress for so long is stuck
+    enable_prefix_caching: Annotated[bool, Flag("reuse the KV blocks of equal beginnings (default: yes)")] = True
+    block_size: Annotated[int, Meta(ge=1, le=1024), Flag("tokens in a KV block (default: %(default)s)")] = 16
+    num_gpu_blocks_override: Annotated[Positive | None, Flag("KV blocks of an engine (default: what fits)")] = None
+    kv_cache_memory_bytes: Annotated[
+        Positive | None,
+        Flag("memory of an engine's KV cache, such as 2Gi (default: what fits)", parse=num_bytes),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """All that one engine process is told. `facts` is None for the first engine that gets ready: it fixes them."""
+class HttpConfig:
+    """Where the API servers listen, and whom they serve."""
 
-    index: int
-    incarnation: int
-    num_engines: int
-    num_api_servers: int
-    directory: str  # the deployment's
-    served_model_name: str
-    lifeline_fd: int
-    model: ModelConfig
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    stats: StatsConfig = field(default_factory=StatsConfig)
-    facts: Facts | None = None
+    host: Annotated[str, Flag("address of the public port (default: %(default)s)")] = "127.0.0.1"
+    port: Annotated[Port, Flag("public port; 0 takes a free one (default: %(default)s)", metavar="PORT")] = 8000
+    api_keys: Annotated[tuple[str, ...], Flag(_KEY_HELP, name="--api-key", metavar="KEY")] = field(
+        default=(), repr=False
+    )
+    admin_host: Annotated[str, Flag("address of the admin ports (default: %(default)s)")] = "127.0.0.1"
+    admin_port: Annotated[
+        Port,
+        Flag(
+            "admin port of API server 0, the next ones follow; 0 takes free ones (default: %(default)s)",
+            metavar="PORT",
+        ),
+    ] = 0
+    # None: no limit
+    max_num_queued_reqs: Annotated[
+        Positive | None, Flag("refuse requests beyond so many sequences in the deployment")
+    ] = None
+    max_num_queued_tokens: Annotated[
+        Positive | None, Flag("refuse requests beyond so many prompt tokens not yet computed")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatsConfig:
+    """The statistics plane of one deployment, the same in every process."""
+
+    log_stats: Annotated[bool, Flag("keep no counters and histograms, gauges only", name="--disable-log-stats")] = True
+    publish_interval_s: Annotated[
+        float,
+        seconds(0.005),
+        Flag("how often an engine broadcasts its snapshot (default: %(default)s)", name="--publish-interval"),
+    ] = 0.05
+    lease_s: Annotated[
+        float, seconds(0.1), Flag("how long a right to export lasts (default: %(default)s)", name="--lease")
+    ] = 0.6
+    custom_buckets: Annotated[
+        Buckets,
+        Flag(
+            "bounds by family, such as '{\"iteration_tokens\": [1, 64]}'",
+            name="--custom-histogram-buckets",
+            metavar="JSON",
+            parse=buckets,
+        ),
+    ] = ()
+    latency_buckets: Annotated[
+        Literal["standard", "fine"], Flag("fine has more bounds below 300 ms (default: %(default)s)")
+    ] = "standard"
+    otlp_traces_endpoint: Annotated[
+        Text | None, Flag("send each request's trace there, OTLP over HTTP", metavar="URL", parse=url)
+    ] = None
+    otlp_metrics_endpoint: Annotated[
+        Text | None, Flag("send gen_ai.server.* histograms there, likewise", metavar="URL", parse=url)
+    ] = None
+    log_iteration_details: Annotated[
+        bool, Flag("log a line for every iteration", name="--enable-logging-iteration-details")
+    ] = False
+
+    @property
+    def bucket_overrides(self) -> Buckets:
+        """Bounds by family that are not the catalogue's."""
+        fine = {"latency": FINE_LATENCY} if self.latency_buckets == "fine" else {}
+        return tuple((fine | dict(self.custom_buckets)).items())
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether requests are told to an OTLP endpoint."""
+        return self.otlp_traces_endpoint is not None or self.otlp_metrics_endpoint is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long the supervisor waits for what, in seconds."""
+
+    drain_timeout_s: Annotated[
+        float,
+        seconds(0),
+        Flag("how long requests may go on after SIGTERM (default: %(default)s)", name="--drain-timeout"),
+    ] = 30.0
+    freeze_timeout_s: Annotated[
+        float,
+        seconds(1),
+        Flag("silence after which a process is killed (default: %(default)s)", name="--freeze-timeout"),
+    ] = 10.0
+    stall_timeout_s: Annotated[
+        float,
+        seconds(1),
+        Flag(
+            "busy time without progress after which an engine is killed (default: %(default)s)", name="--stall-timeout"
+        ),
+    ] = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentConfig:
     """All that the operator chose: what the supervisor starts, and how."""
 
-    num_engines: int
-    num_api_servers: int
-    host: str
-    port: int
-    admin_host: str
-    admin_port: int  # of API server 0; 0: free ports
-    served_model_names: tuple[str, ...]
-    api_keys: tuple[str, ...] = field(repr=False)
-    runtime_directory: str
-    drain_timeout_s: float
-    freeze_timeout_s: float
-    model: ModelConfig
-    cache: CacheConfig
-    scheduler: SchedulerConfig
-    stats: StatsConfig
+    model: Annotated[ModelConfig, Group("model")]
+    num_engines: Annotated[
+        NumProcesses,
+        Flag(
+            "number of engines, each with the whole model (default: %(default)s)",
+            name="--data-parallel-size",
+            short="-dp",
+            group="engine",
+        ),
+    ] = 1
+    scheduler: Annotated[SchedulerConfig, Group("engine")]
+    cache: Annotated[CacheConfig, Group("engine")]
+    num_api_servers: Annotated[
+        NumProcesses,
+        Flag(
+            "number of API servers (default: as many as engines)",
+            name="--api-server-count",
+            short="-asc",
+            group="API servers",
+        ),
+    ]
+    http: Annotated[HttpConfig, Group("API servers")]
+    stats: Annotated[StatsConfig, Group("statistics")]
+    runtime_directory: Annotated[
+        Text,
+        Flag(
+            "where tallies and sockets are (default: in shared memory)",
+            name="--runtime-dir",
+            metavar="DIR",
+            group="supervision",
+        ),
+    ]
+    patience: Annotated[Patience, Group("supervision")]
     engine_module: str = "engine.loop.process"
     api_server_module: str = "frontend.server"
-    max_num_queued_reqs: int | None = None  # of the whole deployment; None: no limit
-    max_num_queued_tokens: int | None = None
-    otlp_traces_endpoint: str | None = None
-    otlp_metrics_endpoint: str | None = None
-
-
-def to_json(config: EngineConfig) -> str:
-    """The config as text; `engine_config_from_json` is its inverse."""
-    return json.dumps(asdict(config))
-
-
-def engine_config_from_json(text: str) -> EngineConfig:
-    """Raises ValueError, TypeError or KeyError when the text is not what `to_json` writes."""
-    raw: dict[str, Any] = json.loads(text)
-    stats = raw["stats"]
-    overrides = tuple((family, tuple(bounds)) for family, bounds in stats["bucket_overrides"])
-    parts = {
-        "model": ModelConfig(**raw["model"]),
-        "cache": CacheConfig(**raw["cache"]),
-        "scheduler": SchedulerConfig(**raw["scheduler"]),
-        "stats": StatsConfig(**{**stats, "bucket_overrides": overrides}),
-        "facts": None if raw["facts"] is None else Facts(**raw["facts"]),
-    }
-    return EngineConfig(**{**raw, **parts})

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import setproctitle
 
-from engine.flags import API_KEY_VARIABLE, FlagError, parse
+from engine.config import API_KEY_VARIABLE
+from engine.flags import FlagError, parse
 from engine.supervisor import DeploymentDirectory, DirectoryError, ListenError, Supervisor, listen
 from metrics.broadcast import BroadcastError
 from metrics.files import StoreError
@@ -35,7 +36,7 @@ def main(
         setproctitle.setproctitle("wholebatch supervisor")  # and no more flags, keys among them, in `ps`
         form = "%(asctime)s level=%(levelname)s process=supervisor %(message)s"
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form)
-        public = listen(config.host, config.port)
+        public = listen(config.http.host, config.http.port)
         directory = DeploymentDirectory.create(Path(config.runtime_directory))
         try:
             supervisor = Supervisor(config, directory, public)

@@ -23,10 +23,9 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from engine.wire import Deployment
+from engine.wire import Deployment, ServerConfig
 from frontend import tracing
 from frontend.api import add_routes
-from frontend.config import ServerConfig
 from frontend.counters import HTTPAnswer
 from frontend.deployment_view import DeploymentView
 from frontend.errors import EngineUnavailable, NotFound, Unauthorized, error_middleware
@@ -76,8 +75,8 @@ class State:
 
 def public_app(state: State) -> web.Application:
     """What clients and scrapers of the deployment use."""
-    middlewares = [_http_metrics(state), error_middleware, _authentication(state.config.api_keys)]
-    if state.config.is_traced:
+    middlewares = [_http_metrics(state), error_middleware, _authentication(state.config.http.api_keys)]
+    if state.config.stats.is_traced:
         middlewares.append(tracing.middleware)
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     add_routes(app, lambda: state.ready().openai)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import zmq
 
-from engine.wire import DEPLOYMENT_TOPIC, Deployment, DeploymentError, decode_deployment
+from engine.wire import DEPLOYMENT_TOPIC, Deployment, WireError, decode_deployment, deployment_endpoint
 from frontend.sockets import Messages, SocketReader
 from metrics import broadcast
 from metrics.bulkhead import FaultLog
@@ -27,7 +27,7 @@ class DeploymentView:
         self.num_rejected = 0
         self._faults = FaultLog(log)
         self._callbacks: list[Callable[[Deployment], None]] = []
-        socket = broadcast.make_subscriber(context, [broadcast.deployment_endpoint(directory)], [DEPLOYMENT_TOPIC])
+        socket = broadcast.make_subscriber(context, [deployment_endpoint(directory)], [DEPLOYMENT_TOPIC])
         self._reader = SocketReader(socket, self._on_messages)
 
     def subscribe(self, callback: Callable[[Deployment], None]) -> Callable[[], None]:
@@ -45,7 +45,7 @@ class DeploymentView:
         for parts in messages:
             try:
                 table = decode_deployment(parts[-1])
-            except DeploymentError as error:
+            except WireError as error:
                 self._on_rejected(error)
                 continue
             if self.table is None or table.version >= self.table.version:
@@ -54,6 +54,6 @@ class DeploymentView:
             for callback in list(self._callbacks):
                 callback(self.table)
 
-    def _on_rejected(self, error: DeploymentError) -> None:
+    def _on_rejected(self, error: WireError) -> None:
         self._faults.rejected("deployment", error)
         self.num_rejected += 1

@@ -22,9 +22,18 @@ import setproctitle
 import zmq
 from aiohttp import web
 
-from engine.wire import Alive, Deployment, Facts, Failed, Lifeline, Ready
+from engine.wire import (
+    Alive,
+    Deployment,
+    Facts,
+    Failed,
+    Lifeline,
+    Ready,
+    ServerConfig,
+    WireError,
+    decode_server_config,
+)
 from frontend.app import State, admin_app, public_app
-from frontend.config import ConfigError, ServerConfig, server_config_from_json
 from frontend.deployment_view import DeploymentView
 from frontend.serving import Serving
 from frontend.text import Tokenizer, TokenizerError, load_tokenizer
@@ -60,7 +69,7 @@ class Server:
         loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         loop.add_reader(self._lifeline.fileno(), self._on_lifeline)
         alive = asyncio.create_task(self._report_alive())
-        public = _runner(public_app(self._state), self._config.drain_timeout_s)
+        public = _runner(public_app(self._state), self._config.patience.drain_timeout_s)
         admin = _runner(admin_app(self._state), CANCEL_S)
         try:
             await admin.setup()
@@ -88,7 +97,7 @@ class Server:
         is_accepting = table is not None and table.facts is None
         if is_accepting:
             await _site(public, self._config.listen_fd)
-        tokenizer = await asyncio.to_thread(load_tokenizer, self._config.model_path)
+        tokenizer = await asyncio.to_thread(load_tokenizer, self._config.model.path)
         table = await self._until(self._next_table(lambda table: table.facts is not None))
         if table is None or table.facts is None:
             return
@@ -129,7 +138,7 @@ class Server:
 
     async def _end(self, public: web.AppRunner, admin: web.AppRunner) -> None:
         """Rights first, so that another exports at once; then the requests; then everything else."""
-        log.info("event=stopping drain_timeout_s=%s", self._config.drain_timeout_s)
+        log.info("event=stopping drain_timeout_s=%s", self._config.patience.drain_timeout_s)
         serving = self._state.serving
         if serving is not None:
             serving.exporter.resign()
@@ -168,8 +177,8 @@ async def _site(runner: web.AppRunner, descriptor: int) -> None:
 
 
 def _read_config(descriptor: int) -> ServerConfig:
-    with os.fdopen(descriptor, encoding="utf-8") as file:
-        return server_config_from_json(file.read())
+    with os.fdopen(descriptor, "rb") as file:
+        return decode_server_config(file.read())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -178,9 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config-fd", type=int, required=True, help="descriptor that the configuration is read from")
     try:
         config = _read_config(parser.parse_args(arguments).config_fd)
-        if config.is_traced:
+        if config.stats.is_traced:
             import frontend.tracing.otlp  # noqa: F401  before anything is served: the packages are optional
-    except (ConfigError, OSError) as error:
+    except (WireError, OSError) as error:
         print(f"frontend.server: cannot read the configuration: {error}", file=sys.stderr)
         return 2
     except ImportError as error:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 import zmq
 
-from engine.wire import Facts
+from engine.wire import Facts, HttpConfig, ServerConfig
 from frontend.api import Clients, OpenAIService
-from frontend.config import ServerConfig
 from frontend.counters import GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
 from frontend.engines import Admission, EngineClients, Identity, InFlight, Limits
@@ -57,14 +56,14 @@ class Serving:
         self.record = RequestRecord(self._store.tally, layouts[API_SERVER], config.num_engines, self._exemplify)
         self.record.close_books()
         self._bulkhead = Bulkhead(self.record.fault, log)
-        if config.log_stats:
+        if config.stats.log_stats:
             with self._bulkhead.around("record"):
                 path = exemplars_path(config.directory, API_SERVER, config.index)
                 self._exemplars = ExemplarStore(path, layouts[API_SERVER], time.time)
         self.group = GroupCommit(self._commit, lambda error: self._bulkhead.caught("commit", error))
         self.group.now()
         self._admission = Admission(
-            Limits(max_num_queued_reqs=config.max_num_queued_reqs, max_num_queued_tokens=config.max_num_queued_tokens),
+            _limits(config.http),
             own=self._own_in_flight,
             others=self._others_in_flight,
             on_rejected=self._on_rejected,
@@ -81,7 +80,7 @@ class Serving:
             self.record,
             self._bulkhead,
             layouts[ENGINE],
-            lease_s=config.lease_s,
+            lease_s=config.stats.lease_s,
             num_api_servers=config.num_api_servers,
             on_load=self.clients.on_load,
         )
@@ -92,7 +91,7 @@ class Serving:
             facts,
             self.exporter,
             lambda: view.table,
-            log_stats=config.log_stats,
+            log_stats=config.stats.log_stats,
             clock=boottime,
         )
         self.openai = self._service(config, facts, tokenizer)
@@ -145,7 +144,7 @@ class Serving:
         return OpenAIService(
             clients=clients,
             tokenizer=tokenizer,
-            served_model_names=config.served_model_names,
+            served_model_names=config.model.served_model_names,
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
         )
@@ -182,18 +181,22 @@ class Serving:
         self.group.soon()
 
 
+def _limits(http: HttpConfig) -> Limits:
+    return Limits(max_num_queued_reqs=http.max_num_queued_reqs, max_num_queued_tokens=http.max_num_queued_tokens)
+
+
 def _telemetry(config: ServerConfig) -> Telemetry | None:
     """None where nobody asks for it: then OpenTelemetry is not even imported."""
-    if not config.is_traced:
+    if not config.stats.is_traced:
         return None
     from frontend.tracing.otlp import Telemetry
 
     return Telemetry(
         instance=f"{socket.gethostname()}:{config.port}/{API_SERVER}-{config.index}",
-        address=config.host,
+        address=config.http.host,
         port=config.port,
-        traces_endpoint=config.otlp_traces_endpoint,
-        metrics_endpoint=config.otlp_metrics_endpoint,
+        traces_endpoint=config.stats.otlp_traces_endpoint,
+        metrics_endpoint=config.stats.otlp_metrics_endpoint,
     )
 
 
@@ -203,7 +206,7 @@ def _open_store(config: ServerConfig, layouts: Layouts) -> TallyStore:
         layouts[API_SERVER],
         incarnation=config.incarnation,
         now_unix=time.time(),
-        gauges_only=not config.log_stats,
+        gauges_only=not config.stats.log_stats,
     )
     if store.set_aside is not None:
         log.error("event=tally_set_aside reason=%r", store.set_aside)

@@ -1,6 +1,6 @@
-"""The sockets of the statistics plane: snapshots and tables out, heartbeats back.
+"""The sockets of the statistics plane: snapshots and other broadcasts out, heartbeats back.
 
-Not the messages (`metrics.snapshot`, `engine.wire.deployment`), nor any loop or thread. Plain ZeroMQ: pass a
+Not the messages (`metrics.snapshot`), nor any loop or thread. Plain ZeroMQ: pass a
 `zmq.asyncio.Context` to get sockets to await. Every socket is bounded, lingers for nobody and is made here.
 
 Publishing never waits. A subscriber that does not read loses messages once its own queue is full, and nobody else
@@ -42,11 +42,6 @@ def snapshot_endpoint(directory: str, engine: int) -> str:
 def heartbeat_endpoint(directory: str, engine: int) -> str:
     """Where an engine's beacon receives, whichever its incarnation; raises BroadcastError."""
     return _ipc(f"{directory}/engine-{engine}.heartbeats")
-
-
-def deployment_endpoint(directory: str) -> str:
-    """Where the supervisor publishes the deployment table; raises BroadcastError."""
-    return _ipc(f"{directory}/deployment")
 
 
 def _ipc(path: str) -> str:

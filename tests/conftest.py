@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -32,6 +34,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     if IN_CI and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"skipped in CI: {report.longrepr}"
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A directory of the test's own, with a short path: the path of a Unix socket has at most 107 bytes, and
+    pytest's own directories, which pytest-xdist nests deeper, leave too few of them."""
+    with tempfile.TemporaryDirectory(prefix="wb-") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from engine import wire
 from engine.schedule.batch import Batch, SampledToken, ScheduledSequence
-from engine.wire import Finish, SamplingParams, Start, TokenLogprobs
+from engine.wire import Finish, SamplingParams, Start, Submit, TokenLogprobs
 from frontend.counters.group_commit import GroupCommit, Party
 
 T = TypeVar("T")
@@ -225,10 +226,13 @@ class FakeAsk:
     generation: FakeGeneration
 
 
+Script = Sequence[Sequence[FakeDelta] | Exception | None]  # what a generation plays
+
+
 class FakeClients:
     """Plays the next script for each request that is submitted; an exception in place of a script is raised."""
 
-    def __init__(self, *scripts: Sequence[Sequence[FakeDelta] | Exception | None] | Exception) -> None:
+    def __init__(self, *scripts: Script | Exception) -> None:
         self.scripts = list(scripts)
         self.log: list[str] = []
         self.asks: list[FakeAsk] = []
@@ -237,7 +241,7 @@ class FakeClients:
     async def submit(
         self, prompt_token_ids: list[int], sampling: SamplingParams, *, n: int, priority: int, arrived_at: float
     ) -> FakeGeneration:
-        sampling.check()
+        wire.decode_from_api_server(wire.encode(Submit(0, 1, prompt_token_ids, sampling, priority)))  # or it raises
         script = self.scripts.pop(0)
         if not self.scripts:
             self.has_taken_all.set()

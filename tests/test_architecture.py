@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -35,30 +36,40 @@ WINGS = (  # folders with one door: outsiders import what the folder's `__init__
     "metrics.top",
 )
 BACK_DOORS = ("frontend.tracing.otlp",)  # optional: importing it needs packages that few install
-# What each place must never import; the longest name that a module lies in counts.
+# What each place must never import of the project; the longest name that a module lies in counts.
 NEVER = {
-    "metrics": ("engine", "frontend", "torch", "aiohttp", "asyncio", "zmq", "prometheus_client"),
-    "metrics.broadcast": ("engine", "frontend", "torch", "aiohttp", "asyncio", "prometheus_client"),
-    "metrics.exposition": ("engine", "frontend", "torch", "aiohttp", "asyncio", "zmq"),
-    "metrics.audit": ("engine", "frontend", "torch", "aiohttp", "asyncio", "zmq"),
-    "engine": ("frontend", "torch", "triton", "zmq", "aiohttp", "prometheus_client", "engine.device", "engine.loop"),
-    "engine.supervisor": (
-        "frontend",
-        "torch",
-        "triton",
-        "aiohttp",
-        "prometheus_client",
-        "engine.device",
-        "engine.loop",
-    ),
-    "engine.loop": ("frontend", "torch", "triton", "aiohttp", "prometheus_client", "engine.supervisor"),
-    "engine.device": ("frontend", "metrics", "zmq", "engine.wire", "engine.loop", "aiohttp", "prometheus_client"),
+    "metrics": ("engine", "frontend", "asyncio"),
+    "engine": ("frontend", "asyncio", "engine.device", "engine.loop"),
+    "engine.loop": ("frontend", "asyncio", "engine.supervisor"),
+    "engine.device": ("frontend", "asyncio", "metrics", "engine.wire", "engine.loop", "engine.supervisor"),
     "frontend": (
-        *("torch", "triton", "engine.supervisor", "engine.loop", "engine.schedule", "engine.device"),
+        *("engine.supervisor", "engine.loop", "engine.schedule", "engine.device"),
         *("engine.serve", "engine.flags", "engine.config", "engine.host", "engine.default_model"),
     ),
 }
-ONLY_IN = {"opentelemetry": ("frontend.tracing.otlp",), "rich": ("metrics.top.terminal", "metrics.top.view")}
+# Where alone each package of others is imported; one that is not here is imported nowhere.
+ONLY_IN = {
+    "aiohttp": ("frontend",),
+    "gguf": ("engine.device.weights.gguf_file",),
+    "grafana_foundation_sdk": ("metrics.dashboards.panels",),
+    "jinja2": ("frontend.text",),
+    "llvmlite": ("engine.device.kernels",),
+    "msgspec": ("engine.bounds", "engine.config", "engine.options", "engine.wire"),
+    "msgpack": ("engine.loop", "engine.wire", "metrics.snapshot"),
+    "numba": ("engine.device.kernels",),
+    "numpy": ("engine.device", "engine.supervisor.auditor", "frontend.scrape", "metrics"),
+    "opentelemetry": ("frontend.tracing.otlp",),
+    "prometheus_client": ("metrics.audit",),
+    "pydantic": ("frontend.api",),
+    "rich": ("metrics.top.terminal", "metrics.top.view"),
+    "safetensors": ("engine.device.weights.huggingface",),
+    "setproctitle": ("engine.loop.process", "engine.serve", "frontend.server"),
+    "tokenizers": ("frontend.text",),
+    "torch": ("engine.device",),
+    "uvloop": ("frontend.server",),
+    "yaml": ("metrics.dashboards.generate",),
+    "zmq": ("engine.loop", "engine.supervisor", "frontend", "metrics.broadcast"),
+}
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
@@ -74,13 +85,20 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Every module name that the file imports, at any depth of nesting; `from a import b` gives `a.b` where that is
     a module of ours, else `a`."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -118,15 +136,62 @@ def test_a_wing_is_entered_by_its_door(module: str):
     assert not wrong, f"{module} imports past the doors: {sorted(wrong)}"
 
 
+def test_every_package_is_one_of_these():
+    """So that no module stands outside the tables."""
+    folders = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")}
+    assert folders == {*PACKAGES, "tests"}
+
+
 def test_every_folder_is_a_wing():
     folders = {name for name, path in MODULES.items() if path.name == "__init__.py" and "." in name}
     assert folders == set(WINGS)
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_a_package_of_others_is_imported_for_its_purpose_alone(module: str):
+    packages = {name.partition(".")[0] for name in imports(MODULES[module])}
+    wrong = {
+        package
+        for package in packages - set(PACKAGES) - sys.stdlib_module_names
+        if not is_in(module, ONLY_IN.get(package, ()))
+    }
+    assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
 @pytest.mark.parametrize("package", ONLY_IN)
-def test_a_package_for_one_purpose_is_imported_for_it_alone(package: str):
-    using = {name for name, path in MODULES.items() if any(is_in(i, (package,)) for i in imports(path))}
-    assert using == set(ONLY_IN[package])
+def test_no_place_may_import_what_it_does_not(package: str):
+    using = [name for name, path in MODULES.items() if any(is_in(i, (package,)) for i in imports(path))]
+    assert [place for place in ONLY_IN[package] if not any(is_in(name, (place,)) for name in using)] == []
+
+
+def offered(door: Path) -> set[str]:
+    """What `__all__` names."""
+    for node in parsed(door).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def taken(wing: str, path: Path) -> set[str]:
+    """What a file takes of a wing: what it imports from it, and the attributes of it where it imports it whole."""
+    names: set[str] = set()
+    aliases: set[str] = set()
+    tree = parsed(path)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if node.module == wing:
+                    names.add(alias.name)
+                elif f"{node.module}.{alias.name}" == wing:
+                    aliases.add(alias.asname or alias.name)
+    return names | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) in aliases}
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_a_door_offers_only_what_somebody_outside_takes(wing: str):
+    outside = [path for name, path in MODULES.items() if not is_in(name, (wing,))] + TESTS
+    unused = offered(MODULES[wing]).difference(*(taken(wing, path) for path in outside))
+    assert not unused, f"{wing} offers {sorted(unused)}"
 
 
 def test_imports_have_no_cycle():
@@ -142,7 +207,7 @@ def test_a_process_without_tensors_starts_without_torch(entry: str):
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
@@ -158,7 +223,7 @@ def test_a_module_can_be_read_in_one_sitting(module: str):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_opens_with_a_docstring(module: str):
-    assert ast.get_docstring(ast.parse(MODULES[module].read_text()))
+    assert ast.get_docstring(parsed(MODULES[module]))
 
 
 def mapped(page: Path, names: str) -> set[str]:

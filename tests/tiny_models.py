@@ -60,7 +60,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tiny_llama(
+def write_tiny_llama(  # noqa: PLR0913  the fields of config.json, each by name and with a default
     directory: Path | str,
     *,
     family: str = "llama",
@@ -145,7 +145,8 @@ def _random_weights(config: dict[str, Any], family: str, seed: int, dtype: torch
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         # Rows this long keep logits some units apart, so that greedy decoding meets few ties.
-        return (torch.randn(rows, columns, generator=generator) * 1.5 * columns**-0.5).to(dtype)
+        drawn: torch.Tensor = torch.randn(rows, columns, generator=generator) * 1.5 * columns**-0.5
+        return drawn.to(dtype)
 
     def vector(size: int, mean: float) -> torch.Tensor:
         return (mean + 0.2 * torch.randn(size, generator=generator)).to(dtype)

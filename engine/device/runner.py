@@ -57,7 +57,7 @@ class TorchRunner:
         self.suited_budget = _SUITED_BUDGET[self._device.type]
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913  what to load, then one option a way of starting
         cls,
         model: ModelConfig,
         cache: CacheConfig,

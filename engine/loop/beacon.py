@@ -23,8 +23,16 @@ from typing import Any, Final
 import msgpack
 import zmq
 
-from engine.config import EngineConfig
-from engine.wire import DEPLOYMENT_TOPIC, Alive, Deployment, DeploymentError, Lifeline, decode_deployment
+from engine.wire import (
+    DEPLOYMENT_TOPIC,
+    Alive,
+    Deployment,
+    EngineConfig,
+    Lifeline,
+    WireError,
+    decode_deployment,
+    deployment_endpoint,
+)
 from metrics import broadcast
 from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER
@@ -71,7 +79,7 @@ class Beacon:
         self._store = store
         self._shared = shared
         self._lifeline = lifeline
-        self._stall_timeout_s = config.stats.stall_timeout_s
+        self._stall_timeout_s = config.patience.stall_timeout_s
         self._clock = clock
         self._on_orphaned = on_orphaned
         self._cells = _Cells(layout)
@@ -91,7 +99,11 @@ class Beacon:
     def start(self) -> None:
         """Make the sockets, which belong to the thread from then on, and start it. Raises BroadcastError."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._open(context)
+        try:
+            self._open(context)
+        except broadcast.BroadcastError:
+            context.destroy(linger=0)
+            raise
         self._thread = threading.Thread(target=self._run, args=(context,), name="beacon", daemon=True)
         self._thread.start()
 
@@ -114,9 +126,7 @@ class Beacon:
         directory, index = self._config.directory, self._config.index
         self._publisher = broadcast.Publisher(context, broadcast.snapshot_endpoint(directory, index))
         self._heartbeats = broadcast.bind_heartbeats(context, broadcast.heartbeat_endpoint(directory, index))
-        self._tables = broadcast.make_subscriber(
-            context, [broadcast.deployment_endpoint(directory)], [DEPLOYMENT_TOPIC]
-        )
+        self._tables = broadcast.make_subscriber(context, [deployment_endpoint(directory)], [DEPLOYMENT_TOPIC])
         self._poller = zmq.Poller()
         for socket in (self._heartbeats, self._tables, self._lifeline.fileno()):
             self._poller.register(socket, zmq.POLLIN)
@@ -180,7 +190,7 @@ class Beacon:
                 return
             try:
                 self._on_table(decode_deployment(raw))
-            except DeploymentError as error:
+            except WireError as error:
                 self._reject("deployment", error)
 
     def _reject(self, kind: str, error: Exception) -> None:
@@ -196,12 +206,11 @@ class Beacon:
             if entry.role != API_SERVER:
                 continue
             known = self._known.get(entry.index, entry.incarnation)
-            ended = entry.incarnation if entry.state == "ended" else entry.incarnation - 1
-            for incarnation in range(known, ended + 1):
+            for incarnation in range(known, entry.newest_ended + 1):
                 self._granter.on_ended(entry.index, incarnation, self._clock())
                 self._shared.ended.put((entry.index, incarnation))
                 self._refresh_at = 0.0
-            self._known[entry.index] = ended + 1
+            self._known[entry.index] = entry.newest_ended + 1
 
     # --- what goes out ---
 

@@ -40,7 +40,7 @@ class EngineCore:
         "on_iteration",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  its collaborators; the observers are optional and by name
         self,
         scheduler: Scheduler,
         runner: Runner,
@@ -91,7 +91,7 @@ class EngineCore:
             request.finish_reason = "error"
             request.message = refusal
             self._recorder.finished("error")
-            output = Output(submit.request_id, 0, [], None, _finish(request))
+            output = Output(submit.request_id, 0, [], None, _finish(request), None)
             self._pending.setdefault(api_server, []).append(output)
         self._set_gauges()
 

@@ -15,12 +15,11 @@ from typing import Final
 import zmq
 
 from engine import wire
-from engine.config import EngineConfig
 from engine.loop.beacon import Shared
 from engine.loop.console import Console
 from engine.loop.core import ApiServer, EngineCore
 from engine.schedule import Recorder
-from engine.wire import Abort, Goodbye, Hello, Outputs, Submit, WireError
+from engine.wire import Abort, EngineConfig, Goodbye, Hello, Outputs, Submit, WireError
 from metrics.bulkhead import Bulkhead
 from metrics.files import TallyStore
 from metrics.usage import ProcessMetrics

@@ -25,18 +25,17 @@ import setproctitle
 import zmq
 
 from engine import wire
-from engine.config import EngineConfig, engine_config_from_json
 from engine.host import share
 from engine.loop.beacon import Beacon, Shared
 from engine.loop.core import EngineCore
 from engine.loop.loop import EngineLoop, bind_router
 from engine.schedule import Batch, BlockPool, Recorder, Runner, Scheduler
-from engine.wire import Alive, Facts, Failed, Lifeline, Ready
+from engine.wire import Alive, EngineConfig, Facts, Failed, Lifeline, Ready
 from metrics.broadcast import BroadcastError
 from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
 from metrics.files import StoreError, TallyStore, tally_path
-from metrics.layout import Layout, Shape, build_layout
+from metrics.layout import Layout, build_layout
 
 log = logging.getLogger("engine.loop.process")
 
@@ -166,13 +165,7 @@ def run(config: EngineConfig, runner: ModelRunner, lifeline: Lifeline) -> None:
 
 
 def _layout(config: EngineConfig, runner: ModelRunner) -> Layout:
-    shape = Shape(
-        num_engines=config.num_engines,
-        num_api_servers=config.num_api_servers,
-        max_model_len=runner.max_model_len,
-        bucket_overrides=config.stats.bucket_overrides,
-    )
-    return build_layout(ENGINE, shape)
+    return build_layout(ENGINE, config.shape(runner.max_model_len))
 
 
 def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, bulkhead: Bulkhead) -> EngineCore:
@@ -208,7 +201,7 @@ def _log_iteration(batch: Batch) -> None:
 
 def _facts(config: EngineConfig, runner: ModelRunner) -> Facts:
     return Facts(
-        model_name=config.served_model_name,
+        model_name=config.model.served_model_names[0],
         max_model_len=runner.max_model_len,
         vocab_size=runner.vocab_size,
         block_size=runner.block_size,
@@ -222,8 +215,8 @@ def main(arguments: list[str] | None = None, runner_factory: RunnerFactory = loa
     """Exit code 0 after SIGTERM, 1 after a failure that may pass, 2 where starting again would not help."""
     parser = argparse.ArgumentParser(prog="python -m engine.loop.process", description=__doc__)
     parser.add_argument("--config-fd", type=int, required=True, help="descriptor that the configuration is read from")
-    with os.fdopen(parser.parse_args(arguments).config_fd, encoding="utf-8") as file:
-        config = engine_config_from_json(file.read())
+    with os.fdopen(parser.parse_args(arguments).config_fd, "rb") as file:
+        config = wire.decode_engine_config(file.read())
     setproctitle.setproctitle(f"wholebatch engine {config.index}")
     form = f"%(asctime)s level=%(levelname)s process=engine-{config.index} %(message)s"
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form)
@@ -240,6 +233,8 @@ def main(arguments: list[str] | None = None, runner_factory: RunnerFactory = loa
     except CannotServeError as error:
         lifeline.report(Failed(message=str(error)))
         return 2
+    finally:
+        lifeline.close()
     return 0
 
 

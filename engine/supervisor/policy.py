@@ -18,6 +18,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import Final
 
+from engine.config import Patience
 from engine.wire import Alive, Deployment, Facts, Failed, ProcessEntry, Ready, Report
 from metrics.catalogue import API_SERVER, ENGINE
 
@@ -80,15 +81,6 @@ class _Child:
     failures: int = 0  # ends without getting ready, in a row
     kill_at: float | None = None  # when patience with an end that was asked for is over
     is_killed: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long to wait for what, in seconds."""
-
-    freeze_timeout_s: float
-    stall_timeout_s: float
-    drain_timeout_s: float
 
 
 @dataclass(slots=True)

@@ -7,7 +7,6 @@ the listening sockets, one end of a lifeline, and a pipe with the configuration,
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import selectors
@@ -23,12 +22,22 @@ from typing import Any, Final
 import zmq
 
 from engine import wire
-from engine.config import DeploymentConfig, EngineConfig, to_json
+from engine.config import DeploymentConfig
 from engine.supervisor.auditor import Auditor
 from engine.supervisor.directory import DeploymentDirectory
-from engine.supervisor.policy import Action, Exit, Key, Kill, Patience, Spawn, Supervision
-from engine.wire import DEPLOYMENT_TOPIC, Deployment, ProcessEntry, encode_deployment, make_lifeline, read_reports
-from metrics.broadcast import Publisher, deployment_endpoint
+from engine.supervisor.policy import Action, Exit, Key, Kill, Spawn, Supervision
+from engine.wire import (
+    DEPLOYMENT_TOPIC,
+    Deployment,
+    EngineConfig,
+    ProcessEntry,
+    ServerConfig,
+    deployment_endpoint,
+    encode,
+    make_lifeline,
+    read_reports,
+)
+from metrics.broadcast import Publisher
 from metrics.catalogue import ENGINE, SUPERVISOR
 from metrics.layout import Shape
 
@@ -79,12 +88,7 @@ class Supervisor:
         self._public = public
         self._admin = _listen_admin(config)
         self._auditor = _make_auditor(config, directory)
-        patience = Patience(
-            freeze_timeout_s=config.freeze_timeout_s,
-            stall_timeout_s=config.stats.stall_timeout_s,
-            drain_timeout_s=config.drain_timeout_s,
-        )
-        self._machine = Supervision(config.num_engines, config.num_api_servers, patience)
+        self._machine = Supervision(config.num_engines, config.num_api_servers, config.patience)
         self._processes: dict[Key, _Process] = {}
         self._selector = selectors.DefaultSelector()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -200,12 +204,12 @@ class Supervisor:
             always.callback(theirs.close)
             inherited = [theirs.fileno()]
             if action.role == ENGINE:
-                module, text = self._config.engine_module, self._engine_text(action, theirs.fileno())
+                module, told = self._config.engine_module, encode(self._engine_config(action, theirs.fileno()))
             else:
                 module = self._config.api_server_module
                 inherited += [self._public.fileno(), self._admin[action.index].fileno()]
-                text = self._api_server_text(action, theirs.fileno())
-            config_fd = _text_fd(text)
+                told = encode(self._server_config(action, theirs.fileno()))
+            config_fd = _descriptor(told)
             always.callback(os.close, config_fd)
             command = [sys.executable, "-m", module, "--config-fd", str(config_fd)]
             # A process group of its own: Ctrl-C reaches the supervisor alone, which ends its children in order.
@@ -222,54 +226,39 @@ class Supervisor:
             on_error.pop_all()
         return process
 
-    def _engine_text(self, action: Spawn, lifeline_fd: int) -> str:
+    def _engine_config(self, action: Spawn, lifeline_fd: int) -> EngineConfig:
         config = self._config
-        return to_json(
-            EngineConfig(
-                index=action.index,
-                incarnation=action.incarnation,
-                num_engines=config.num_engines,
-                num_api_servers=config.num_api_servers,
-                directory=str(self._directory.path),
-                served_model_name=config.served_model_names[0],
-                lifeline_fd=lifeline_fd,
-                model=config.model,
-                cache=config.cache,
-                scheduler=config.scheduler,
-                stats=config.stats,
-                facts=self._machine.facts,
-            )
+        return EngineConfig(
+            **self._child(action, lifeline_fd),
+            scheduler=config.scheduler,
+            cache=config.cache,
+            facts=self._machine.facts,
         )
 
-    def _api_server_text(self, action: Spawn, lifeline_fd: int) -> str:
-        config, stats = self._config, self._config.stats
-        fields: dict[str, Any] = {
+    def _server_config(self, action: Spawn, lifeline_fd: int) -> ServerConfig:
+        return ServerConfig(
+            **self._child(action, lifeline_fd),
+            http=self._config.http,
+            port=self._public.getsockname()[1],
+            listen_fd=self._public.fileno(),
+            admin_fd=self._admin[action.index].fileno(),
+            admin_addresses=tuple(s.getsockname()[:2] for s in self._admin),
+        )
+
+    def _child(self, action: Spawn, lifeline_fd: int) -> dict[str, Any]:
+        """What every child is told: the fields of `ChildConfig`."""
+        config = self._config
+        return {
             "index": action.index,
             "incarnation": action.incarnation,
-            "directory": str(self._directory.path),
             "num_engines": config.num_engines,
             "num_api_servers": config.num_api_servers,
-            "listen_fd": self._public.fileno(),
-            "admin_fd": self._admin[action.index].fileno(),
+            "directory": str(self._directory.path),
             "lifeline_fd": lifeline_fd,
-            "admin_addresses": [s.getsockname()[:2] for s in self._admin],
-            "host": config.host,
-            "port": self._public.getsockname()[1],
-            "model_path": config.model.path,
-            "served_model_names": config.served_model_names,
-            "api_keys": config.api_keys,
-            "lease_s": stats.lease_s,
-            "publish_interval_s": stats.publish_interval_s,
-            "log_stats": stats.log_stats,
-            "bucket_overrides": stats.bucket_overrides,
-            "max_model_len": config.model.max_model_len,
-            "drain_timeout_s": config.drain_timeout_s,
-            "max_num_queued_reqs": config.max_num_queued_reqs,
-            "max_num_queued_tokens": config.max_num_queued_tokens,
-            "otlp_traces_endpoint": config.otlp_traces_endpoint,
-            "otlp_metrics_endpoint": config.otlp_metrics_endpoint,
+            "model": config.model,
+            "stats": config.stats,
+            "patience": config.patience,
         }
-        return json.dumps(fields)
 
     # --- the table ---
 
@@ -280,7 +269,7 @@ class Supervisor:
             return
         self._publish_at = now + PUBLISH_S
         self._published = self._machine.version
-        self._publisher.publish(DEPLOYMENT_TOPIC, encode_deployment(self._table()))
+        self._publisher.publish(DEPLOYMENT_TOPIC, encode(self._table()))
         if self._machine.is_whole and not self._is_announced:
             self._is_announced = True
             self._announce()
@@ -296,7 +285,7 @@ class Supervisor:
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         config = self._config
         line = (
-            f"ready url=http://{shown}:{port} model={config.served_model_names[0]}"
+            f"ready url=http://{shown}:{port} model={config.model.served_model_names[0]}"
             f" api_servers={config.num_api_servers} engines={config.num_engines}"
         )
         with contextlib.suppress(BrokenPipeError):  # nobody reads: no reason to end
@@ -342,15 +331,15 @@ def _listen_admin(config: DeploymentConfig) -> list[socket.socket]:
     with contextlib.ExitStack() as undo:
         sockets = []
         for index in range(config.num_api_servers):
-            port = config.admin_port + index if config.admin_port else 0
-            sockets.append(undo.enter_context(listen(config.admin_host, port)))
+            port = config.http.admin_port + index if config.http.admin_port else 0
+            sockets.append(undo.enter_context(listen(config.http.admin_host, port)))
         undo.pop_all()
     return sockets
 
 
-def _text_fd(text: str) -> int:
-    """A descriptor that reads as this text. Memory, not a pipe: it holds any length before anybody reads."""
+def _descriptor(content: bytes) -> int:
+    """What reads as this content. Memory, not a pipe: it holds any length before anybody reads."""
     descriptor = os.memfd_create("config")
-    os.write(descriptor, text.encode())
+    os.write(descriptor, content)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor

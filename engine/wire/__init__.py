@@ -1,23 +1,25 @@
 """The contract between processes: messages, the deployment table, reports, and what a child is told at its start.
 
 Street: work. It is all of the engine that `frontend` may import. Whatever comes from another process is checked where
-it is decoded; what does not fit raises an error, and the receiver counts it and drops it.
+it is decoded; what does not fit raises `WireError`, and the receiver counts it and drops it.
 """
 
 from __future__ import annotations
 
+from engine.bounds import default, limits
+from engine.config import HttpConfig
+from engine.wire.codec import WIRE_VERSION, WireError, encode
 from engine.wire.deployment import (
     DEPLOYMENT_TOPIC,
     Alive,
     Deployment,
-    DeploymentError,
     Facts,
     Failed,
     ProcessEntry,
     Ready,
     Report,
     decode_deployment,
-    encode_deployment,
+    deployment_endpoint,
 )
 from engine.wire.lifeline import Lifeline, make_lifeline, read_reports
 from engine.wire.messages import (
@@ -30,39 +32,32 @@ from engine.wire.messages import (
     Outputs,
     Start,
     Submit,
-    WireError,
     decode_from_api_server,
     decode_from_engine,
-    encode,
     identity,
     parse_identity,
     work_endpoint,
 )
-from engine.wire.sampling import (
-    GREATEST_REPETITION_PENALTY,
-    LEAST_REPETITION_PENALTY,
-    LEAST_TEMPERATURE,
-    MAX_LOGPROBS,
-    SamplingParams,
-    TokenLogprobs,
-)
+from engine.wire.sampling import LEAST_TEMPERATURE, MAX_BIAS, MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from engine.wire.start import EngineConfig, ServerConfig, decode_engine_config, decode_server_config
 
 __all__ = [
     "DEPLOYMENT_TOPIC",
     "FINISH_REASONS",
-    "GREATEST_REPETITION_PENALTY",
-    "LEAST_REPETITION_PENALTY",
     "LEAST_TEMPERATURE",
+    "MAX_BIAS",
     "MAX_LOGPROBS",
+    "WIRE_VERSION",
     "Abort",
     "Alive",
     "Deployment",
-    "DeploymentError",
+    "EngineConfig",
     "Facts",
     "Failed",
     "Finish",
     "Goodbye",
     "Hello",
+    "HttpConfig",
     "Lifeline",
     "Output",
     "Outputs",
@@ -70,16 +65,21 @@ __all__ = [
     "Ready",
     "Report",
     "SamplingParams",
+    "ServerConfig",
     "Start",
     "Submit",
     "TokenLogprobs",
     "WireError",
     "decode_deployment",
+    "decode_engine_config",
     "decode_from_api_server",
     "decode_from_engine",
+    "decode_server_config",
+    "default",
+    "deployment_endpoint",
     "encode",
-    "encode_deployment",
     "identity",
+    "limits",
     "make_lifeline",
     "parse_identity",
     "read_reports",

@@ -6,22 +6,19 @@ greatest `version`. A process has ended when the table shows it `ended`, or show
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Annotated, Final
 
-import msgpack
+from msgspec import Meta
 
+from engine.bounds import Count, one_of
+from engine.wire.codec import decode, kinds
 from metrics.catalogue import ROLES
 
 STATES: Final = ("starting", "ready", "stopping", "ended")
 
-TABLE_VERSION: Final = 1
 DEPLOYMENT_TOPIC: Final = b"deployment"
 MAX_MESSAGE_CHARS: Final = 2000  # of a failure: a report must fit into one message of a lifeline
-
-
-class DeploymentError(ValueError):
-    """Bytes that are no table or report of this version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +26,10 @@ class Facts:
     """What the first ready engine found, fixed for the deployment's life."""
 
     model_name: str
-    max_model_len: int
-    vocab_size: int
-    block_size: int
-    num_gpu_blocks: int
+    max_model_len: Count
+    vocab_size: Count
+    block_size: Count
+    num_gpu_blocks: Count
     cache_dtype: str
     enable_prefix_caching: bool
 
@@ -41,18 +38,23 @@ class Facts:
 class ProcessEntry:
     """One process index and its newest incarnation."""
 
-    role: str
-    index: int
-    incarnation: int
-    pid: int
-    state: str
+    role: Annotated[str, one_of(*ROLES)]
+    index: Count
+    incarnation: Count
+    pid: Count
+    state: Annotated[str, one_of(*STATES)]
+
+    @property
+    def newest_ended(self) -> int:
+        """The newest incarnation of this index that has ended, and so have all before it; 0 where none has."""
+        return self.incarnation if self.state == "ended" else self.incarnation - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
     """The whole table."""
 
-    version: int
+    version: Count
     facts: Facts | None
     processes: tuple[ProcessEntry, ...]
 
@@ -63,9 +65,7 @@ class Deployment:
     def has_ended(self, role: str, index: int, incarnation: int) -> bool:
         """Whether this very incarnation is known to have ended."""
         entry = self.find(role, index)
-        if entry is None:
-            return False
-        return entry.incarnation > incarnation or (entry.incarnation == incarnation and entry.state == "ended")
+        return entry is not None and incarnation <= entry.newest_ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class Alive:
     """A child's report, several times a second: it runs; `progress` grows while it gets on with its work, and
     `is_busy` says whether there is any."""
 
-    progress: int
+    progress: Count
     is_busy: bool
 
 
@@ -88,93 +88,33 @@ class Alive:
 class Failed:
     """A child's last report: it cannot start, and starting it again would not help."""
 
-    message: str
+    message: Annotated[str, Meta(max_length=MAX_MESSAGE_CHARS)]
+
+    def __post_init__(self) -> None:
+        """Errors tell of paths and models, which may be anything: what is sent is short, and text."""
+        text = self.message[:MAX_MESSAGE_CHARS].encode(errors="replace").decode()
+        object.__setattr__(self, "message", text)
 
 
 Report = Ready | Alive | Failed
 
 
-def encode_deployment(table: Deployment) -> bytes:
-    """The table as bytes."""
-    facts = None if table.facts is None else asdict(table.facts)
-    rows = [[p.role, p.index, p.incarnation, p.pid, p.state] for p in table.processes]
-    packed: bytes = msgpack.packb([TABLE_VERSION, table.version, facts, rows])
-    return packed
+_TABLE: Final = kinds(Deployment)
+_REPORT: Final = kinds(Ready, Alive, Failed)
 
 
 def decode_deployment(raw: bytes) -> Deployment:
-    """Raises DeploymentError."""
-    try:
-        version, number, facts, rows = msgpack.unpackb(raw)
-        if version != TABLE_VERSION:
-            raise DeploymentError(f"table version is not {TABLE_VERSION}: {version!r}")
-        processes = tuple(_entry(*row) for row in rows)
-        return Deployment(version=_count(number, "version"), facts=_facts(facts), processes=processes)
-    except DeploymentError:
-        raise
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise DeploymentError(f"no deployment table: {error}") from error
-
-
-def _count(value: Any, what: str) -> int:
-    if type(value) is not int or value < 0:
-        raise DeploymentError(f"{what} is not a whole number from 0: {str(value)[:80]!r}")
-    return value
-
-
-def _entry(role: str, index: int, incarnation: int, pid: int, state: str) -> ProcessEntry:
-    numbers = (index, incarnation, pid)
-    if role not in ROLES or state not in STATES or any(type(n) is not int or n < 0 for n in numbers):
-        raise DeploymentError(f"no process entry: {(role, index, incarnation, pid, state)!r}")
-    return ProcessEntry(role=role, index=index, incarnation=incarnation, pid=pid, state=state)
-
-
-_FACT_TYPES: Final[dict[str, type]] = {
-    "model_name": str,
-    "max_model_len": int,
-    "vocab_size": int,
-    "block_size": int,
-    "num_gpu_blocks": int,
-    "cache_dtype": str,
-    "enable_prefix_caching": bool,
-}
-
-
-def _facts(raw: Any) -> Facts | None:
-    if raw is None:
-        return None
-    if not isinstance(raw, dict) or {name: type(value) for name, value in raw.items()} != _FACT_TYPES:
-        raise DeploymentError(f"no facts: {str(raw)[:200]!r}")
-    return Facts(**raw)
-
-
-def encode_report(report: Report) -> bytes:
-    """One report as bytes."""
-    match report:
-        case Ready(facts=facts):
-            body: list[Any] = ["ready", None if facts is None else asdict(facts)]
-        case Alive(progress=progress, is_busy=is_busy):
-            body = ["alive", progress, is_busy]
-        case Failed(message=message):
-            body = ["failed", message[:MAX_MESSAGE_CHARS]]
-    packed: bytes = msgpack.packb([TABLE_VERSION, *body])
-    return packed
+    """Raises WireError."""
+    table: Deployment = decode(raw, _TABLE)
+    return table
 
 
 def decode_report(raw: bytes) -> Report:
-    """Raises DeploymentError."""
-    try:
-        message = msgpack.unpackb(raw)
-    except (ValueError, msgpack.UnpackException) as error:
-        raise DeploymentError(f"no report: {error}") from error
-    match message:
-        case [version, *_] if version != TABLE_VERSION:
-            raise DeploymentError(f"report version is not {TABLE_VERSION}: {version!r}")
-        case [_, "ready", facts]:
-            return Ready(facts=_facts(facts))
-        case [_, "alive", int(progress), bool(is_busy)]:
-            return Alive(progress=_count(progress, "progress"), is_busy=is_busy)
-        case [_, "failed", str(message_text)]:
-            return Failed(message=message_text)
-        case _:
-            raise DeploymentError(f"no report: {str(message)[:80]!r}")
+    """Raises WireError."""
+    report: Report = decode(raw, _REPORT)
+    return report
+
+
+def deployment_endpoint(directory: str) -> str:
+    """Where the supervisor publishes the table."""
+    return f"ipc://{directory}/deployment"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import socket
 import threading
 
-from engine.wire.deployment import Alive, DeploymentError, Report, decode_report, encode_report
+from engine.wire.codec import WireError, encode
+from engine.wire.deployment import Alive, Report, decode_report
 
 MAX_REPORT_BYTES = 65_536
 
@@ -44,7 +45,7 @@ class Lifeline:
 
     def _send(self, report: Report) -> bool:
         try:
-            self._socket.send(encode_report(report))
+            self._socket.send(encode(report))
         except (BlockingIOError, ConnectionError):
             return False
         return True
@@ -78,5 +79,5 @@ def read_reports(end: socket.socket) -> tuple[list[Report], bool]:
             return reports, False
         try:
             reports.append(decode_report(raw))
-        except DeploymentError:
+        except WireError:
             continue

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
-from engine.wire import GREATEST_REPETITION_PENALTY, LEAST_REPETITION_PENALTY, MAX_LOGPROBS, SamplingParams
+from engine.wire import MAX_BIAS, MAX_LOGPROBS, SamplingParams, Submit, default, limits
 from frontend.errors import BadRequest
 
 MAX_N: Final = 128
@@ -73,10 +73,15 @@ def _logit_bias(value: Any) -> dict[int, float]:
     for key, bias in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10):
             raise ValueError(f"should have token ids as keys, not {key[:40]!r}")
-        if type(bias) not in (int, float) or not -100 <= bias <= 100:
-            raise ValueError(f"should have biases from -100 to 100, not {bias!r}")
+        if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise ValueError(f"should have biases from {-MAX_BIAS:g} to {MAX_BIAS:g}, not {bias!r}")
         found[int(key)] = float(bias)
     return found
+
+
+def _as_declared(name: str, kind: type = SamplingParams, **other: Any) -> Any:
+    """Default and bounds as the engine checks them; `other` where a client may say more than the engine is told."""
+    return Field(**({"default": default(kind, name)} | limits(kind, name) | other))
 
 
 class _Model(BaseModel):
@@ -107,23 +112,23 @@ class GenerationRequest(_Model):
     )
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = _as_declared("max_tokens", default=None)
+    temperature: float = _as_declared("temperature")
+    top_p: float = _as_declared("top_p")
+    presence_penalty: float = _as_declared("presence_penalty")
+    frequency_penalty: float = _as_declared("frequency_penalty")
+    seed: int | None = _as_declared("seed")
     logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias)] = {}
     # vLLM's
-    top_k: int = Field(0, ge=-1, lt=2**31)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=LEAST_REPETITION_PENALTY, le=GREATEST_REPETITION_PENALTY)
-    min_tokens: int = Field(0, ge=0)
+    top_k: int = _as_declared("top_k", ge=-1)
+    min_p: float = _as_declared("min_p")
+    repetition_penalty: float = _as_declared("repetition_penalty")
+    min_tokens: int = _as_declared("min_tokens")
     ignore_eos: bool = False
     stop_token_ids: list[int] = Field([], max_length=MAX_LIST)
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    priority: int = _as_declared("priority", Submit)
     add_special_tokens: bool = True
 
     UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # name: values that ask for nothing
@@ -223,7 +228,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: int | None = _as_declared("logprobs")
     best_of: int | None = Field(None, ge=1)
 
     UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED | {"suffix": _OFF}
@@ -256,7 +261,7 @@ class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = _as_declared("max_tokens", default=None)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = True

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from frontend.config import ServerConfig, reachable
+from engine.wire import ServerConfig
 
 OWN_PATH: Final = "/metrics/own"
 PROCESSES_PATH: Final = "/metrics/processes"
@@ -42,9 +42,18 @@ def _group(address: str, path: str, instance: str) -> dict[str, Any]:
     return {"targets": [address], "labels": {"__metrics_path__": path, "instance": instance}}
 
 
+def reachable(host: str) -> str:
+    """Where to connect for a socket bound to `host`, as it stands in a URL."""
+    if host in ("", "0.0.0.0"):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
 def _public(config: ServerConfig, asked_host: str) -> tuple[str, str]:
     """(HOST:PORT, HOST) as asked; as configured where the Host header is none."""
     match = _HOST.fullmatch(asked_host)
     if match is None:
-        return f"{reachable(config.host)}:{config.port}", reachable(config.host)
+        return f"{reachable(config.http.host)}:{config.port}", reachable(config.http.host)
     return f"{match['host']}:{match['port'] or HTTP_PORT}", match["host"]

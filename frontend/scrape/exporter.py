@@ -77,7 +77,7 @@ class EngineView:
 class Exporter:
     """All engines of the deployment. `on_load` is told of each snapshot's running and waiting sequences."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  its collaborators, handed in by the one place that makes it
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         directory: str,

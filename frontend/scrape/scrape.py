@@ -109,7 +109,7 @@ def process_template(layout: Layout, label: str | None, *, log_stats: bool, has_
 class Scrape:
     """Answers scrapes. `table` is the newest deployment table."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  its collaborators, handed in by the one place that makes it
         self,
         directory: str,
         identity: Identity,

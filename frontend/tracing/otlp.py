@@ -67,6 +67,7 @@ class Telemetry:
         service = os.environ.get("OTEL_SERVICE_NAME", "wholebatch")
         resource = Resource.create({"service.name": service, "service.instance.id": instance})
         self._providers: list[TracerProvider | MeterProvider] = []
+        self._exporters: list[_Spans | _Metrics] = []
         self._tracer = None
         self._histograms = None
         for name in LOGGERS:
@@ -77,12 +78,14 @@ class Telemetry:
             tracers.add_span_processor(BatchSpanProcessor(spans))
             self._tracer = tracers.get_tracer("wholebatch")
             self._providers.append(tracers)
+            self._exporters.append(spans)
         if metrics_endpoint is not None:
             metrics = _Metrics(OTLPMetricExporter(signal_url(metrics_endpoint, "metrics")), self._faults)
             reader = PeriodicExportingMetricReader(metrics)
             meters = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
             self._histograms = _Histograms(meters)
             self._providers.append(meters)
+            self._exporters.append(metrics)
 
     def tell(self, trace: Trace) -> None:
         """One request is over. Blocks on nothing."""
@@ -108,8 +111,11 @@ class Telemetry:
                 loop.call_soon_threadsafe(done.set)
 
         threading.Thread(target=flush, daemon=True).start()
-        with suppress(TimeoutError):
+        try:
             await asyncio.wait_for(done.wait(), FLUSH_S)
+        except TimeoutError:
+            for exporter in self._exporters:
+                exporter.shutdown()  # ends its wait for the next attempt, so that its threads end too
 
     def _spans(self, trace: Trace) -> Context | None:
         """The request's span and its children. Returns the context that names it."""

@@ -68,7 +68,7 @@ SNAPSHOT_RESULTS: Final = ("sent", "dropped")
 METHODS: Final = ("GET", "POST", "HEAD", "other")
 HANDLERS: Final = ("/v1/completions", "/v1/chat/completions", "/v1/models", "other")
 STATUSES: Final = ("2xx", "3xx", "4xx", "5xx")
-WIRE_KINDS: Final = ("from_api_server", "from_engine", "snapshot", "heartbeat", "deployment", "report")
+WIRE_KINDS: Final = ("from_api_server", "from_engine", "snapshot", "heartbeat", "deployment")
 BULKHEADS: Final = (
     "record",
     "commit",

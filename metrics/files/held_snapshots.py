@@ -14,6 +14,7 @@ An entry that is torn, by a kill, a freeze or being read meanwhile, has a wrong 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -51,12 +52,14 @@ class HeldWriter:
 
     def __init__(self, directory: str, api_server: int, num_engines: int) -> None:
         size = num_engines * _ENTRY_BYTES
-        self._file = open(held_path(directory, api_server), "a+b")  # noqa: SIM115 - it is locked while it is open
-        os.posix_fallocate(self._file.fileno(), 0, size)  # a full disk is an error here, not a SIGBUS
-        self._map = mmap.mmap(self._file.fileno(), size)
-        for engine in range(num_engines):
-            self.hold(engine, NOTHING)  # in place of a predecessor's, before it would seem to live
-        fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(open(held_path(directory, api_server), "a+b"))
+            os.posix_fallocate(self._file.fileno(), 0, size)  # a full disk is an error here, not a SIGBUS
+            self._map = stack.enter_context(mmap.mmap(self._file.fileno(), size))
+            for engine in range(num_engines):
+                self.hold(engine, NOTHING)  # in place of a predecessor's, before it would seem to live
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+            stack.pop_all()  # it stays open, and locked
 
     def hold(self, engine: int, held: Held) -> None:
         """Write what is held of an engine from now on."""

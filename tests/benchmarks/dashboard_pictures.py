@@ -16,12 +16,13 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 matplotlib.use("agg")
 
@@ -32,10 +33,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from engine.default_model import cached_path, fetch
-from tests.e2e import prometheus
 from tests.e2e.harness import Served, served
 from tests.e2e.load import Ask, stream
-from tests.e2e.prometheus import GRAFANA, Prometheus, fill_in, now
+from tests.e2e.prometheus import GRAFANA, Prometheus, fill_in, now, prometheus
 
 MODEL = "SmolLM2-135M-Instruct"
 NUM_ENGINES, NUM_CLIENTS = 2, 14
@@ -43,8 +43,14 @@ WIDTH_INCHES, ROW_INCHES, DPI = 13.0, 0.24, 80
 COLUMNS = 24
 MAX_COLOURS = 96
 RATE_INTERVAL = "8s"
-LEGEND = {"fontsize": 5.5, "loc": "upper right", "framealpha": 0.7, "edgecolor": "none", "handlelength": 1.2}
-COLOURS = plt.get_cmap("tab10").colors
+LEGEND: dict[str, Any] = {
+    "fontsize": 5.5,
+    "loc": "upper right",
+    "framealpha": 0.7,
+    "edgecolor": "none",
+    "handlelength": 1.2,
+}
+COLOURS = [plt.get_cmap("tab10")(number) for number in range(10)]
 
 Series = tuple[str, np.ndarray, np.ndarray]  # legend, times (s before the end), values
 
@@ -99,12 +105,12 @@ def ask_series(server: Prometheus, panel: dict[str, Any], engine: str, start: fl
         query = fill_in(target["expr"], model_name=MODEL, interval=RATE_INTERVAL, engine=engine)
         for one in server.query_range(query, start, end, 1.0):
             times, values = np.array([[float(t) - end, float(v)] for t, v in one["values"]]).T
-            labels = one["metric"]
-            legend = re.sub(
-                r"\{\{(\w+)\}\}", lambda match, labels=labels: labels.get(match[1], ""), target["legendFormat"]
-            )
-            found.append((legend, times, values))
+            found.append((legend_of(target["legendFormat"], one["metric"]), times, values))
     return found
+
+
+def legend_of(form: str, labels: Mapping[str, str]) -> str:
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: labels.get(match[1], ""), form)
 
 
 # --- the drawing ---
@@ -115,8 +121,8 @@ def draw_lines(axes: Axes, panel: dict[str, Any], series: Sequence[Series]) -> N
     is_stacked = defaults.get("custom", {}).get("stacking", {}).get("mode") == "normal"
     if is_stacked:
         grid = np.unique(np.concatenate([times for _, times, _ in series]))
-        values = [np.nan_to_num(np.interp(grid, times, values, left=0, right=0)) for _, times, values in series]
-        axes.stackplot(grid, values, labels=[legend for legend, _, _ in series], alpha=0.75, colors=COLOURS)
+        rows = [np.nan_to_num(np.interp(grid, times, values, left=0, right=0)) for _, times, values in series]
+        axes.stackplot(grid, rows, labels=[legend for legend, _, _ in series], alpha=0.75, colors=COLOURS)
     else:
         for place, (legend, times, values) in enumerate(series):
             axes.plot(times, values, label=legend, linewidth=1, color=COLOURS[place % len(COLOURS)])
@@ -132,9 +138,10 @@ def name_lines(axes: Axes, series: Sequence[Series]) -> None:
     """A legend beside the lines: of all of them while they are few, else of those that are not 0 all the time."""
     moving = {legend for legend, _, values in series if np.nan_to_num(values).any()}
     handles, legends = axes.get_legend_handles_labels()
-    named = [(h, name) for h, name in zip(handles, legends, strict=True) if len(series) <= 5 or name in moving]
-    if named:
-        axes.legend(*zip(*named, strict=True), **LEGEND, bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
+    shown = [place for place, name in enumerate(legends) if len(series) <= 5 or name in moving]
+    if shown:
+        lines, names = [handles[place] for place in shown], [legends[place] for place in shown]
+        axes.legend(lines, names, **LEGEND, bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
 
 
 def draw_heat(axes: Axes, panel: dict[str, Any], series: Sequence[Series]) -> None:
@@ -158,7 +165,7 @@ def draw_number(axes: Axes, panel: dict[str, Any], series: Sequence[Series]) -> 
     numbers = values[~np.isnan(values)]
     text = legend if is_name else in_unit(float(numbers[-1]), panel["fieldConfig"]["defaults"]["unit"])
     size = 7 if is_name else 20
-    place = {"ha": "center", "va": "center", "transform": axes.transAxes}
+    place: dict[str, Any] = {"ha": "center", "va": "center", "transform": axes.transAxes}
     axes.text(0.5, 0.45, text, fontsize=size, color=colour_of(panel, numbers), **place)
 
 
@@ -235,8 +242,9 @@ def title_of(panel: dict[str, Any], engine: str) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     """As a small PNG: few colours are enough."""
-    figure.canvas.draw()
-    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     image.quantize(MAX_COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"wrote {path} ({path.stat().st_size / 1000:.0f} kB)")
 

@@ -20,21 +20,30 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import zmq
 
-from engine.config import EngineConfig, ModelConfig
+from engine import wire
+from engine.config import CacheConfig, HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
 from engine.loop.beacon import Beacon, Shared
 from engine.schedule.batch import IterationCounts
 from engine.schedule.record import Recorder
-from engine.wire.deployment import DEPLOYMENT_TOPIC, Deployment, Facts, ProcessEntry, encode_deployment
-from engine.wire.lifeline import Lifeline, make_lifeline
-from frontend.config import ServerConfig
+from engine.wire import (
+    DEPLOYMENT_TOPIC,
+    Deployment,
+    EngineConfig,
+    Facts,
+    Lifeline,
+    ProcessEntry,
+    ServerConfig,
+    deployment_endpoint,
+    make_lifeline,
+)
 from frontend.counters.request_record import RequestRecord
-from metrics.broadcast import Publisher, deployment_endpoint
+from metrics.broadcast import Publisher
 from metrics.catalogue import API_SERVER, ENGINE, SUPERVISOR
 from metrics.files.store import TallyStore, tally_path
 from metrics.layout import Shape, build_layout
@@ -98,7 +107,7 @@ def stand_in(directory: str, num_servers: int, num_engines: int, num_real: int, 
     publisher = Publisher(zmq.Context(), deployment_endpoint(directory))
     rows = [(API_SERVER, i) for i in range(num_servers)] + [*((ENGINE, i) for i in range(num_engines)), (SUPERVISOR, 0)]
     entries = tuple(ProcessEntry(role=r, index=i, incarnation=1, pid=1, state="starting") for r, i in rows)
-    table = encode_deployment(Deployment(version=1, facts=FACTS, processes=entries))
+    table = wire.encode(Deployment(version=1, facts=FACTS, processes=entries))
     table_at = house_at = work_at = time.monotonic()
     while True:
         now = time.monotonic()
@@ -123,9 +132,13 @@ def _beacon(directory: str, index: int, shape: Shape, store: TallyStore, lifelin
         num_engines=shape.num_engines,
         num_api_servers=shape.num_api_servers,
         directory=directory,
-        served_model_name="m",
         lifeline_fd=0,
-        model=ModelConfig(path=""),
+        model=ModelConfig(path="/nowhere", served_model_names=("m",)),
+        cache=CacheConfig(),
+        scheduler=SchedulerConfig(),
+        stats=StatsConfig(),
+        patience=Patience(),
+        facts=None,
     )
     return Beacon(config, store.tally.layout, store, Shared(), Lifeline(lifeline.detach()))
 
@@ -184,8 +197,8 @@ def deployed(model: Path, num_servers: int, num_engines: int, work_s: float | No
 
 def _config(
     index: int, directory: str, num_engines: int, model: Path, admin_addresses: tuple[tuple[str, int], ...]
-) -> dict[str, Any]:
-    config = ServerConfig(
+) -> ServerConfig:
+    return ServerConfig(
         index=index,
         incarnation=1,
         directory=directory,
@@ -195,29 +208,26 @@ def _config(
         admin_fd=0,
         lifeline_fd=0,
         admin_addresses=admin_addresses,
-        host="127.0.0.1",
         port=0,
-        model_path=str(model),
-        served_model_names=("m",),
-        api_keys=(),
-        lease_s=0.6,
-        publish_interval_s=0.05,
-        log_stats=True,
-        bucket_overrides=(),
-        max_model_len=None,
-        drain_timeout_s=1.0,
+        model=ModelConfig(path=str(model), served_model_names=("m",)),
+        http=HttpConfig(),
+        stats=StatsConfig(),
+        patience=Patience(drain_timeout_s=1.0),
     )
-    return asdict(config)
 
 
 def _serve(
-    stack: ExitStack, config: dict[str, Any], listening: socket.socket, admin: socket.socket
+    stack: ExitStack, config: ServerConfig, listening: socket.socket, admin: socket.socket
 ) -> subprocess.Popen[bytes]:
     lifeline, childs_end = make_lifeline()
     stack.callback(lifeline.close)
     reading, writing = os.pipe()
-    descriptors = {"listen_fd": listening.fileno(), "admin_fd": admin.fileno(), "lifeline_fd": childs_end.fileno()}
-    os.write(writing, json.dumps(config | descriptors).encode())
+    descriptors: dict[str, Any] = {
+        "listen_fd": listening.fileno(),
+        "admin_fd": admin.fileno(),
+        "lifeline_fd": childs_end.fileno(),
+    }
+    os.write(writing, wire.encode(replace(config, **descriptors)))
     os.close(writing)
     command = [sys.executable, "-m", "frontend.server", "--config-fd", str(reading)]
     process = _start(stack, command, pass_fds=[reading, *descriptors.values()])

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,17 +183,21 @@ class Bench:
     def _gaps(self, outcome: Outcome, engines: Sequence[int], began: float) -> None:
         """Until each engine's series were there again, where any scrape was without them."""
         for engine in engines:
-            back = wait_for(lambda e=str(engine): _some(outcome.findings.back_after_s(e, began)), "the series")[0]
+            back = wait_for(partial(_back_after_s, outcome, str(engine), began), "the series")[0]
             outcome.back_s += [back] if back else []
 
     def _absence(self, outcome: Outcome, began: float, ready: float) -> None:
         """Engine 0: until its series were absent; and from its being ready (awake) until they were there."""
         wait_for(lambda: _some(outcome.findings.gone_after_s("0", began)), "an answer without the series")
-        back = wait_for(lambda: _some(outcome.findings.back_after_s("0", began)), "the series")[0]
+        back = wait_for(lambda: _back_after_s(outcome, "0", began), "the series")[0]
         gone = outcome.findings.gone_after_s("0", began)
         assert gone is not None
         outcome.gone_s.append(gone)
         outcome.back_s.append(max(0.0, began + back - ready))
+
+
+def _back_after_s(outcome: Outcome, engine: str, began: float) -> tuple[float] | None:
+    return _some(outcome.findings.back_after_s(engine, began))
 
 
 def _some(value: float | None) -> tuple[float] | None:

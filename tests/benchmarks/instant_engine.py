@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from engine.config import EngineConfig
 from engine.loop import process
 from engine.schedule.batch import Batch, SampledToken
+from engine.wire import EngineConfig
 
 INTERVAL_VARIABLE: Final = "INSTANT_ENGINE_INTERVAL_MS"  # from the benchmark, past the supervisor's flags
 FIRST_TOKEN: Final = 300  # of the default model's vocabulary: before it are special and half characters

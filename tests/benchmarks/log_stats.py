@@ -17,10 +17,9 @@ import statistics
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from tests.benchmarks import deployed
 from tests.benchmarks.report import document, table
 from tests.benchmarks.sides import Side, alone
-from tests.benchmarks.token_path import NAME, spend
+from tests.benchmarks.token_path import NAME, deployed, spend
 from tests.e2e.harness import Served
 
 OFF = ("--disable-log-stats",)

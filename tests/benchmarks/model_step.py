@@ -14,6 +14,7 @@ import cProfile
 import pstats
 import statistics
 import time
+from typing import Literal
 
 import torch
 
@@ -30,7 +31,7 @@ MAX_MODEL_LEN = 2112
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
-def load(path: str, quantization: str | None, num_sequences: int) -> TorchRunner:
+def load(path: str, quantization: Literal["int8"] | None, num_sequences: int) -> TorchRunner:
     num_blocks = max(num_sequences * -(-(CONTEXT + 8) // 16), MAX_MODEL_LEN // 16) + 1
     return TorchRunner.load(
         ModelConfig(path=path, quantization=quantization, max_model_len=MAX_MODEL_LEN),

@@ -17,12 +17,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.config import DeploymentConfig, EngineConfig
+from engine.config import DeploymentConfig
 from engine.flags import parse
 from engine.loop.core import EngineCore
 from engine.loop.process import load_runner, make_core
 from engine.schedule.record import Recorder
-from engine.wire import Submit
+from engine.wire import EngineConfig, Submit
 from engine.wire.sampling import SamplingParams
 from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
@@ -66,13 +66,14 @@ def engine_config(deployment: DeploymentConfig) -> EngineConfig:
         incarnation=1,
         num_engines=1,
         num_api_servers=1,
-        directory="",
-        served_model_name="model",
-        lifeline_fd=-1,
+        directory="/nowhere",
+        lifeline_fd=0,
         model=deployment.model,
         cache=deployment.cache,
         scheduler=deployment.scheduler,
         stats=deployment.stats,
+        patience=deployment.patience,
+        facts=None,
     )
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from tests.benchmarks import deployed
 from tests.benchmarks.report import document, table
 from tests.benchmarks.scrape_under_load import scraped
 from tests.benchmarks.sse_client import random_prompts, run_load
-from tests.benchmarks.token_path import NAME, SHORT
+from tests.benchmarks.token_path import NAME, SHORT, deployed
 from tests.e2e.harness import Served
 
 

@@ -29,8 +29,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from metrics.catalogue import API_SERVER, ENGINE
 from metrics.catalogue.metric import Kind, Scope
 from metrics.layout import Shape, build_layout
-from tests.benchmarks import deployed
-from tests.benchmarks.deployed import MAX_MODEL_LEN
+from tests.benchmarks.deployed import MAX_MODEL_LEN, deployed
 from tests.benchmarks.report import document, table
 from tests.tiny_models import write_tiny_llama
 
@@ -92,7 +91,7 @@ def theirs(num_servers: int, num_engines: int) -> dict[str, float]:
 
         def scrape() -> bytes:
             registry = CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry, path=directory)  # type: ignore[no-untyped-call]
+            multiprocess.MultiProcessCollector(registry, path=directory)
             return generate_latest(registry)
 
         ms, size = median_ms(scrape, 0.0)
@@ -109,7 +108,8 @@ def ours(model: Path, num_servers: int, num_engines: int) -> dict[str, float]:
         time.sleep(1.0)  # everybody's process series are there
 
         def scrape() -> bytes:
-            return servers[-1].get("/metrics")
+            exposition: bytes = servers[-1].get("/metrics")
+            return exposition
 
         (ms, size), (paced_ms, _) = median_ms(scrape, 0.0), median_ms(scrape, PACE_S)
         return {"ms": ms, "paced_ms": paced_ms, "bytes": size}

@@ -130,6 +130,8 @@ async def stream_all(url: str, model: str, prompts: Sequence[Sequence[int]], max
     }
     requests = iter([make_request(url, {**body, "prompt": prompt}) for prompt in prompts])
     address, loop = urlsplit(url), asyncio.get_running_loop()
+    assert address.hostname is not None, f"no host in {url}"
+    assert address.port is not None, f"no port in {url}"
     connections = [
         await loop.create_connection(Stream, address.hostname, address.port)
         for _ in range(min(concurrency, len(prompts)))

@@ -53,9 +53,8 @@ class Faults:
     def another(self, engine: int = 0) -> int:
         """The index of an API server that is no exporter of that engine: the last such one."""
         exporter = self.exporter(engine)
-        return max(
-            p["index"] for p in self.table()["processes"] if p["role"] == "api-server" and p["index"] != exporter
-        )
+        servers: list[int] = [p["index"] for p in self.table()["processes"] if p["role"] == "api-server"]
+        return max(index for index in servers if index != exporter)
 
     # --- what ---
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -31,7 +32,7 @@ def test_a_wrong_key_is_refused(client: openai.OpenAI):
 
 
 def test_a_stream_gives_what_the_whole_answer_gives(client: openai.OpenAI):
-    ask = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 24, "temperature": 0}
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 24, "temperature": 0}
     whole = client.completions.create(**ask)
     chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
@@ -41,7 +42,12 @@ def test_a_stream_gives_what_the_whole_answer_gives(client: openai.OpenAI):
 
 
 def test_a_chat_streams_a_role_then_text_then_a_reason(client: openai.OpenAI):
-    ask = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 12}
+    ask: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "temperature": 0,
+        "max_tokens": 12,
+    }
     whole = client.chat.completions.create(**ask)
     chunks = list(client.chat.completions.create(**ask, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -50,7 +56,7 @@ def test_a_chat_streams_a_role_then_text_then_a_reason(client: openai.OpenAI):
 
 
 def test_a_seed_repeats_a_sample_and_n_gives_different_ones(client: openai.OpenAI):
-    ask = {"model": "tiny", "prompt": "Once", "max_tokens": 16, "temperature": 1.0, "seed": 7, "n": 3}
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "Once", "max_tokens": 16, "temperature": 1.0, "seed": 7, "n": 3}
     first = [c.text for c in client.completions.create(**ask).choices]
     again = [c.text for c in client.completions.create(**ask).choices]
     assert first == again
@@ -58,7 +64,7 @@ def test_a_seed_repeats_a_sample_and_n_gives_different_ones(client: openai.OpenA
 
 
 def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI):
-    ask = {"model": "tiny", "prompt": "Once", "max_tokens": 32, "temperature": 0}
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "Once", "max_tokens": 32, "temperature": 0}
     text = client.completions.create(**ask).choices[0].text
     assert len(text) > 12
     stop = text[8:11]
@@ -68,7 +74,13 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI):
 
 
 def test_logprobs_come_one_per_token_with_alternatives(client: openai.OpenAI):
-    ask = {"model": "tiny", "prompt": "Once", "max_tokens": 5, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    ask: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": "Once",
+        "max_tokens": 5,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
     old = client.completions.create(**ask, logprobs=2).choices[0].logprobs
     assert old is not None
     assert len(old.token_logprobs or []) == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 from frontend.scrape.exporter import boottime
@@ -65,6 +66,10 @@ def test_a_frozen_exporter_that_wakes_up_exports_nothing_that_another_holds(tiny
         assert wait_for(lambda: sum(exports(deployment, url) for url in urls) == 1, "one exporter")
 
 
+def another_exporter(faults: Faults, first: int) -> bool:
+    return faults.exporter() != first
+
+
 def test_when_the_exporter_is_killed_another_takes_over_and_no_answer_has_a_series_twice_or_an_old_value(
     tiny_model: Path,
 ):
@@ -78,7 +83,7 @@ def test_when_the_exporter_is_killed_another_takes_over_and_no_answer_has_a_seri
             for _ in range(2):
                 first = faults.exporter()
                 os.kill(faults.row("api-server", first)["pid"], signal.SIGKILL)
-                wait_for(lambda first=first: faults.exporter() != first, "another exporter")
+                wait_for(partial(another_exporter, faults, first), "another exporter")
                 faults.settle()
         deployment.balanced_metrics()
     assert findings.scrapes > 0

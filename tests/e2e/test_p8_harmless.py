@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_garbage_on_every_socket_is_counted_and_harms_nobody(tiny_model: Path):
         work.connect(wire.work_endpoint(directory_of(deployment), 0, 1))
         with steady_load(deployment, REQUESTS, 3) as clients:
             for garbage in (b"", b"\xc1", b"\x00" * 4096):
-                wait_for(lambda garbage=garbage: sent(beats, garbage), "room for a heartbeat")
+                wait_for(partial(sent, beats, garbage), "room for a heartbeat")
                 work.send(garbage)
             wait_for(lambda: rejected(deployment.metrics(), "engine-0", "heartbeat") >= 3, "the count")
             wait_for(lambda: rejected(deployment.metrics(), "engine-0", "from_api_server") >= 3, "the count")

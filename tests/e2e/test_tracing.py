@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
@@ -39,7 +40,7 @@ def deployment(tiny_model: Path, receiver: Receiver) -> Iterator[Served]:
             yield running
 
 
-def ask(deployment: Served, path: str, body: dict[str, object], headers: dict[str, str] | None = None) -> dict:
+def ask(deployment: Served, path: str, body: dict[str, object], headers: dict[str, str] | None = None) -> Any:
     data = json.dumps({"model": NAME, "temperature": 0, **body}).encode()
     all_headers = {"Content-Type": "application/json", **(headers or {})}
     with urllib.request.urlopen(urllib.request.Request(deployment.url + path, data, all_headers), timeout=60) as answer:
@@ -51,6 +52,7 @@ def roots_of(receiver: Receiver, response_id: str) -> list[Span]:
 
 
 def root_of(receiver: Receiver, response_id: str) -> Span:
+    root: Span
     (root,) = wait_for(lambda: roots_of(receiver, response_id), "the request's span", 20)
     return root
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from engine.config import EngineConfig, ModelConfig, SchedulerConfig, StatsConfig
+from typing import Any
+
+from engine.config import CacheConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
+from engine.wire import EngineConfig
 from engine.wire.deployment import Deployment, ProcessEntry
 from metrics.catalogue import API_SERVER, ENGINE
 from metrics.files.store import TallyStore, tally_path
@@ -27,18 +30,22 @@ class SizedRunner(FakeRunner):
         self.suited_budget = 64
 
 
-def make_config(directory: str, *, incarnation: int = 1, lifeline_fd: int = 0, **stats: float | bool) -> EngineConfig:
+def make_config(
+    directory: str, *, incarnation: int = 1, lifeline_fd: int = 0, stall_timeout_s: float = 60.0, **stats: Any
+) -> EngineConfig:
     return EngineConfig(
         index=0,
         incarnation=incarnation,
         num_engines=1,
         num_api_servers=NUM_API_SERVERS,
         directory=directory,
-        served_model_name="tiny",
         lifeline_fd=lifeline_fd,
-        model=ModelConfig(path="/nowhere"),
+        model=ModelConfig(path="/nowhere", served_model_names=("tiny",)),
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64),
-        stats=StatsConfig(**stats),  # type: ignore[arg-type]
+        cache=CacheConfig(),
+        stats=StatsConfig(**stats),
+        patience=Patience(stall_timeout_s=stall_timeout_s),
+        facts=None,
     )
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from engine import default_model
-from engine.config import DeploymentConfig
-from engine.flags import API_KEY_VARIABLE, FlagError, parse
+from engine.config import API_KEY_VARIABLE, DeploymentConfig, Patience
+from engine.flags import FlagError, parse
 from engine.supervisor.supervisor import ListenError, listen
 from tests.tiny_models import write_tiny_llama
 
@@ -36,13 +36,13 @@ def parsed(model: Path, *flags: str, key: str | None = None) -> DeploymentConfig
 
 def test_defaults_are_vllms(model: Path):
     config = parsed(model)
-    assert (config.num_engines, config.num_api_servers, config.port) == (1, 1, 8000)
+    assert (config.num_engines, config.num_api_servers, config.http.port) == (1, 1, 8000)
     assert (config.scheduler.max_num_seqs, config.cache.block_size) == (256, 16)
     assert config.cache.enable_prefix_caching
     assert config.scheduler.enable_chunked_prefill
-    assert config.served_model_names == ("tiny",)
+    assert config.model.served_model_names == ("tiny",)
     assert config.stats.log_stats
-    assert config.api_keys == ()
+    assert config.http.api_keys == ()
 
 
 def test_there_are_as_many_api_servers_as_engines_unless_said_otherwise(model: Path):
@@ -63,15 +63,15 @@ def test_every_flag_reaches_its_configuration(model: Path):
         *("--long-prefill-token-threshold", "16", "--enable-logging-iteration-details", "--api-key", "k1", "k2"),
         key="k3",
     )
-    assert config.served_model_names == ("a", "b")
-    assert (config.host, config.port, config.api_keys) == ("::1", 0, ("k1", "k2", "k3"))
+    assert config.model.served_model_names == ("a", "b")
+    assert (config.http.host, config.http.port, config.http.api_keys) == ("::1", 0, ("k1", "k2", "k3"))
     assert (config.model.max_model_len, config.model.dtype, config.model.seed) == (128, "float32", 7)
     assert config.model.quantization == "int8"
     assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (4, 32)
     assert (config.scheduler.enable_chunked_prefill, config.scheduler.long_prefill_token_threshold) == (False, 16)
     assert (config.cache.num_gpu_blocks_override, config.cache.kv_cache_memory_bytes) == (9, 2**31)
     assert not config.cache.enable_prefix_caching
-    assert (config.drain_timeout_s, config.freeze_timeout_s, config.stats.stall_timeout_s) == (3, 4, 5)
+    assert config.patience == Patience(drain_timeout_s=3, freeze_timeout_s=4, stall_timeout_s=5)
     assert (config.stats.log_stats, config.stats.log_iteration_details) == (False, True)
     assert dict(config.stats.bucket_overrides)["iteration_tokens"] == (1.0, 64.0)
     assert dict(config.stats.bucket_overrides)["latency"][0] < 0.3
@@ -145,8 +145,8 @@ def test_a_directory_whose_name_is_no_name_needs_another(tmp_path: Path):
     write_tiny_llama(directory)
     with pytest.raises(FlagError, match="--served-model-name"):
         parsed(directory)
-    assert parsed(directory, "--served-model-name", "x").served_model_names == ("x",)
-    with pytest.raises(FlagError, match="not UTF-8"):
+    assert parsed(directory, "--served-model-name", "x").model.served_model_names == ("x",)
+    with pytest.raises(FlagError, match="--model: invalid UTF-8 text"):
         parsed(tmp_path / "\udcff")
 
 
@@ -233,18 +233,19 @@ def test_help_names_vllms_flags():
 
 
 STUB = """
-import signal, sys, time, argparse, os, json
+import signal, sys, time, argparse, os
+import msgpack
 from engine.wire.deployment import Facts, Ready
 from engine.wire.lifeline import Lifeline
 parser = argparse.ArgumentParser()
 parser.add_argument("--config-fd", type=int)
-with os.fdopen(parser.parse_args().config_fd) as file:
-    config = json.load(file)
+with os.fdopen(parser.parse_args().config_fd, "rb") as file:
+    _, kind, config = msgpack.unpackb(file.read())
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 facts = Facts(model_name="tiny", max_model_len=64, vocab_size=300, block_size=16, num_gpu_blocks=8,
               cache_dtype="float32", enable_prefix_caching=True)
 lifeline = Lifeline(config["lifeline_fd"])
-lifeline.report(Ready(facts=facts if "cache" in config else None))
+lifeline.report(Ready(facts=facts if kind == "engineconfig" else None))
 while not lifeline.is_severed():
     time.sleep(0.05)
 """
@@ -285,16 +286,28 @@ def until(parent: subprocess.Popen[str], event: str) -> str:
     raise AssertionError(f"{event!r} never came:\n{''.join(said)}")
 
 
+def first_line(parent: subprocess.Popen[str]) -> str:
+    """What is printed when all are ready."""
+    assert parent.stdout is not None
+    return parent.stdout.readline()
+
+
+def rest_of_log(parent: subprocess.Popen[str]) -> str:
+    """Until the supervisor and its children have ended: nobody can write to it any more."""
+    assert parent.stderr is not None
+    return parent.stderr.read()
+
+
 def test_a_supervisor_of_stubs_starts_restarts_and_ends_them(model: Path, tmp_path: Path):
     with supervised(model, tmp_path, "-asc", "2") as parent:
         started = until(parent, "event=started role=api-server index=1 incarnation=1 ")
-        ready = parent.stdout.readline()
+        ready = first_line(parent)
         assert ready.startswith("ready url=http://127.0.0.1:")
         assert ready.endswith("model=tiny api_servers=2 engines=1\n")
         os.kill(int(started.rpartition("pid=")[2]), signal.SIGKILL)
         until(parent, "event=started role=api-server index=1 incarnation=2 ")
         parent.send_signal(signal.SIGINT)
-        rest = parent.stderr.read()
+        rest = rest_of_log(parent)
         assert parent.wait(20) == 0
     assert "Traceback" not in rest
     assert not list((tmp_path / "run").iterdir())
@@ -303,14 +316,14 @@ def test_a_supervisor_of_stubs_starts_restarts_and_ends_them(model: Path, tmp_pa
 def test_no_secret_is_an_argument_a_variable_or_a_line_of_the_log(model: Path, tmp_path: Path):
     with supervised(model, tmp_path, "--api-key", f"{SECRET}2") as parent:
         started = [until(parent, f"event=started role={role} ") for role in ("engine", "api-server")]
-        assert parent.stdout.readline().startswith("ready ")
+        assert first_line(parent).startswith("ready ")
         for line in started:
             pid = int(line.rpartition("pid=")[2])
             for name in ("cmdline", "environ"):
                 assert SECRET.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
         assert SECRET.encode() not in Path(f"/proc/{parent.pid}/cmdline").read_bytes()
         parent.terminate()
-        assert SECRET not in parent.stderr.read()
+        assert SECRET not in rest_of_log(parent)
         assert parent.wait(20) == 0
 
 
@@ -325,30 +338,30 @@ def test_a_process_that_cannot_be_started_is_tried_again(model: Path, tmp_path: 
     with supervised(model, tmp_path, before=before) as parent:
         for _ in range(3):
             assert "no process left" in until(parent, "event=start_failed ")
-        assert parent.stdout.readline().startswith("ready ")
+        assert first_line(parent).startswith("ready ")
         parent.terminate()
-        assert "Traceback" not in parent.stderr.read()
+        assert "Traceback" not in rest_of_log(parent)
         assert parent.wait(20) == 0
 
 
 def test_a_supervisor_that_is_killed_leaves_a_directory_that_the_next_one_removes(model: Path, tmp_path: Path):
     with supervised(model, tmp_path) as parent:
-        assert parent.stdout.readline().startswith("ready ")
+        assert first_line(parent).startswith("ready ")
         [left] = (tmp_path / "run").iterdir()
         parent.kill()
-        parent.stderr.read()  # the children have ended when nobody can write any more
+        rest_of_log(parent)
     with supervised(model, tmp_path) as parent:
-        assert parent.stdout.readline().startswith("ready ")
+        assert first_line(parent).startswith("ready ")
         [found] = (tmp_path / "run").iterdir()
         assert found != left
         with supervised(model, tmp_path) as second:  # of a living one, nothing is removed
-            assert second.stdout.readline().startswith("ready ")
+            assert first_line(second).startswith("ready ")
             assert found.is_dir()
 
 
 def test_a_child_that_never_gets_ready_ends_the_deployment_with_code_1(model: Path, tmp_path: Path):
     with supervised(model, tmp_path, stub="raise SystemExit(3)") as parent:
-        said = parent.stderr.read().splitlines()
+        said = rest_of_log(parent).splitlines()
         assert parent.wait(20) == 1
     assert "engine.serve: engine 0 ended 5 times without getting ready" in said
     assert not list((tmp_path / "run").iterdir())
@@ -363,6 +376,6 @@ def test_a_signal_while_everything_starts_ends_everything(model: Path, tmp_path:
         for _ in range(signals):
             parent.send_signal(signal.SIGINT)
             until(parent, "event=stopping")
-        assert "Traceback" not in parent.stderr.read()
+        assert "Traceback" not in rest_of_log(parent)
         assert parent.wait(20) == 0
     assert not list((tmp_path / "run").iterdir())

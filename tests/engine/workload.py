@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
 from tests.fakes import FakeClock, FakeRunner
 
-costly = settings(max_examples=max(100, settings.default.max_examples * 3 // 10))  # one example runs whole engines
+costly = settings(max_examples=max(100, settings().max_examples * 3 // 10))  # one example runs whole engines
 
 VOCAB_SIZE = 40
 EOS = 7
@@ -200,6 +201,6 @@ def run(setup: Setup, work: Iterable[Job]) -> Engine:
     return engine
 
 
-def with_scheduler(setup: Setup, **changes: int | bool) -> Setup:
+def with_scheduler(setup: Setup, **changes: Any) -> Setup:
     """The same engine with other limits."""
     return replace(setup, scheduler=replace(setup.scheduler, **changes))

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,12 @@ import zmq
 import zmq.asyncio
 from aiohttp import ClientSession, ClientTimeout
 from aiohttp.test_utils import TestServer
-from prometheus_client.parser import text_string_to_metric_families
 
 from engine import wire
-from engine.wire import Finish, Hello, Output, Outputs, Start, Submit
+from engine.config import HttpConfig, ModelConfig, Patience, StatsConfig
+from engine.wire import Finish, Hello, Output, Outputs, ServerConfig, Start, Submit
 from engine.wire.deployment import Deployment, Facts, ProcessEntry
 from frontend.app import State, admin_app, public_app
-from frontend.config import ServerConfig, server_config_from_json
 from frontend.deployment_view import DeploymentView
 from frontend.engines.generation import Delta, Generation
 from frontend.serving import Serving
@@ -31,6 +31,8 @@ from metrics.election import Granter
 from metrics.layout import Layout, Shape, build_layout
 from metrics.snapshot import Heartbeat, Snapshot, decode_to_beacon, encode
 from metrics.tally import Tally
+from tests.contexts import OwningContext
+from tests.e2e.harness import Samples, parse
 from tests.frontend.small_tokenizers import byte_level_tokenizer
 
 FACTS = Facts(
@@ -45,8 +47,19 @@ FACTS = Facts(
 
 
 def make_config(directory: str, **changes: Any) -> ServerConfig:
-    """As the supervisor would send it."""
-    raw: dict[str, Any] = {
+    """As the supervisor would send it; `changes` are fields of the configuration or of any of its sections."""
+
+    def section(kind: type[Any], **usual: Any) -> Any:
+        names = {field.name for field in fields(kind)} & changes.keys() - {"port"}
+        return kind(**usual | {name: changes.pop(name) for name in names})
+
+    sections: dict[str, Any] = {
+        "model": section(ModelConfig, path="/nowhere", served_model_names=("tiny",)),
+        "http": section(HttpConfig),
+        "stats": section(StatsConfig),
+        "patience": section(Patience, drain_timeout_s=5.0),
+    }
+    usual: dict[str, Any] = {
         "index": 0,
         "incarnation": 1,
         "directory": directory,
@@ -55,20 +68,10 @@ def make_config(directory: str, **changes: Any) -> ServerConfig:
         "listen_fd": 0,
         "admin_fd": 0,
         "lifeline_fd": 0,
-        "host": "127.0.0.1",
         "port": 8000,
-        "model_path": "/nowhere",
-        "served_model_names": ["tiny"],
-        "api_keys": [],
-        "lease_s": 0.6,
-        "publish_interval_s": 0.05,
-        "log_stats": True,
-        "bucket_overrides": [],
-        "max_model_len": None,
-        "drain_timeout_s": 5.0,
-    } | changes
-    raw.setdefault("admin_addresses", [["127.0.0.1", 9000 + i] for i in range(raw["num_api_servers"])])
-    return server_config_from_json(json.dumps(raw))
+        "admin_addresses": tuple(("127.0.0.1", 9000 + i) for i in range(changes.get("num_api_servers", 1))),
+    }
+    return ServerConfig(**sections, **usual | changes)
 
 
 def make_table(version: int, *states: tuple[str, int, int, str], facts: Facts | None = FACTS) -> Deployment:
@@ -188,19 +191,6 @@ class FakeBeacon:
                     self.granter.on_resign(message, time.monotonic())
 
 
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def parse(text: str) -> Samples:
-    samples: Samples = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            key = (sample.name, frozenset(sample.labels.items()))
-            assert key not in samples, f"series twice: {key}"
-            samples[key] = sample.value
-    return samples
-
-
 def total(samples: Samples, name: str, **labels: str) -> float | None:
     """None where there is no such series."""
     values = [value for (have, of), value in samples.items() if have == name and labels.items() <= dict(of).items()]
@@ -239,7 +229,7 @@ class Deployed:
 
     def __init__(self, stack: AsyncExitStack, num_api_servers: int, num_engines: int, **changes: Any) -> None:
         self.directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="wb"))
-        self.context = zmq.Context()
+        self.context = OwningContext()
         stack.callback(self.context.destroy, 0)
         self.num = (num_api_servers, num_engines)
         self.changes = changes
@@ -259,7 +249,7 @@ class Deployed:
             for server in (public, admin):
                 await server.start_server()
                 self._stack.push_async_callback(server.close)
-        addresses = [["127.0.0.1", admin.port] for _, admin, _ in servers]
+        addresses = tuple(("127.0.0.1", admin.port) for _, admin, _ in servers)
         for index, (public, admin, state) in enumerate(servers):
             state.config = self._config(index, admin_addresses=addresses)
             serving = Serving(state.config, FACTS, self.context, state.view, byte_level_tokenizer())
@@ -306,7 +296,7 @@ async def ask(node: Node, method: str, path: str, **arguments: Any) -> tuple[int
 
 
 async def one(deploy: Any, **changes: Any) -> Node:
-    deployed = await deploy(1, **changes)
+    deployed: Deployed = await deploy(1, **changes)
     return deployed.nodes[0]
 
 

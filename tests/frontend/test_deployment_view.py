@@ -6,17 +6,19 @@ import tempfile
 from collections.abc import AsyncIterator
 
 import pytest
-import zmq
 
-from engine.wire.deployment import DEPLOYMENT_TOPIC, encode_deployment
+from engine import wire
+from engine.wire import DEPLOYMENT_TOPIC, deployment_endpoint
 from frontend.deployment_view import DeploymentView
 from metrics import broadcast
-from tests.frontend.deployments import ENGINE, make_table, until
+from metrics.catalogue import ENGINE
+from tests.contexts import OwningContext
+from tests.frontend.deployments import make_table, until
 
 
 class Supervisor:
-    def __init__(self, context: zmq.Context, directory: str) -> None:
-        self._publisher = broadcast.Publisher(context, broadcast.deployment_endpoint(directory))
+    def __init__(self, context: OwningContext, directory: str) -> None:
+        self._publisher = broadcast.Publisher(context, deployment_endpoint(directory))
 
     async def join(self) -> None:
         await until(lambda: self._publisher.has_subscribers(DEPLOYMENT_TOPIC))
@@ -25,13 +27,13 @@ class Supervisor:
         assert self._publisher.publish(DEPLOYMENT_TOPIC, raw)
 
     def table(self, version: int, state: str) -> None:
-        self.publish(encode_deployment(make_table(version, (ENGINE, 0, 1, state))))
+        self.publish(wire.encode(make_table(version, (ENGINE, 0, 1, state))))
 
 
 @pytest.fixture
 async def both() -> AsyncIterator[tuple[Supervisor, DeploymentView]]:
     with tempfile.TemporaryDirectory(prefix="wb") as directory:
-        context = zmq.Context()
+        context = OwningContext()
         supervisor, view = Supervisor(context, directory), DeploymentView(context, directory)
         await supervisor.join()
         yield supervisor, view

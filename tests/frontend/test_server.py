@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from aiohttp import ClientSession
@@ -84,7 +85,7 @@ async def test_with_api_keys_the_api_needs_one_of_them_and_the_rest_stays_open(d
 
 async def test_a_body_that_is_too_long_is_refused_in_the_usual_shape(deploy: Any):
     node = await one(deploy)
-    status, body, _ = await ask(node, "POST", "/v1/completions", data=b"a" * (MAX_BODY_BYTES + 1))
+    status, body, _ = await ask(node, "POST", "/v1/completions", data=io.BytesIO(b"a" * (MAX_BODY_BYTES + 1)))
     assert (status, set(body)) == (413, {"error"})
 
 
@@ -157,7 +158,11 @@ async def test_a_scrape_that_fails_is_counted_and_the_next_one_answers(deploy: A
     node = await one(deploy)
     scrape = node.serving.scrape
     shared_parts = scrape._shared_parts
-    scrape._shared_parts = lambda: [][0]  # type: ignore[method-assign]
+
+    def fail(asked: object) -> NoReturn:
+        raise IndexError
+
+    scrape._shared_parts = fail  # type: ignore[method-assign]
     assert (await ask(node, "GET", "/metrics"))[0] == 500
     scrape._shared_parts = shared_parts  # type: ignore[method-assign]
     node.serving.group.now()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -12,17 +11,18 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgpack
 import psutil
 import pytest
 import zmq
 
-from engine.wire import Hello
-from engine.wire.deployment import DEPLOYMENT_TOPIC, Alive, Facts, Failed, Ready, decode_report, encode_deployment
+from engine import wire
+from engine.wire import WIRE_VERSION, Hello
+from engine.wire.deployment import DEPLOYMENT_TOPIC, Alive, Facts, Failed, Ready, decode_report, deployment_endpoint
 from metrics import broadcast
 from metrics.catalogue import API_SERVER, ENGINE
 from tests.frontend.deployments import FACTS, FakeEngine, finish, make_config, make_table, output
@@ -39,7 +39,7 @@ class Parent:
         self.directory = directory
         self._model = model
         self._context = zmq.Context()
-        self._publisher = broadcast.Publisher(self._context, broadcast.deployment_endpoint(directory))
+        self._publisher = broadcast.Publisher(self._context, deployment_endpoint(directory))
         self._version = 0
         self.facts: Facts | None = FACTS
         self.engine_state = "starting"
@@ -56,9 +56,9 @@ class Parent:
         reading, writing = os.pipe()
         shared = [self.listening.fileno(), self.admin.fileno(), self._childs_end.fileno()]
         descriptors = dict(zip(("listen_fd", "admin_fd", "lifeline_fd"), shared, strict=True))
-        address = ["127.0.0.1", self.admin.getsockname()[1]]
-        fields = {"admin_addresses": [address], "model_path": str(self._model)} | descriptors | changes
-        os.write(writing, json.dumps(asdict(make_config(self.directory, **fields))).encode())
+        address = ("127.0.0.1", self.admin.getsockname()[1])
+        fields = {"admin_addresses": (address,), "path": str(self._model)} | descriptors | changes
+        os.write(writing, wire.encode(make_config(self.directory, **fields)))
         os.close(writing)
         command = [sys.executable, "-m", "frontend.server", "--config-fd", str(reading)]
         self.process = subprocess.Popen(command, cwd=ROOT, pass_fds=[reading, *shared])
@@ -92,9 +92,7 @@ class Parent:
         while True:
             self._version += 1
             rows = ((API_SERVER, 0, 1, "starting"), (ENGINE, 0, 1, self.engine_state))
-            self._publisher.publish(
-                DEPLOYMENT_TOPIC, encode_deployment(make_table(self._version, *rows, facts=self.facts))
-            )
+            self._publisher.publish(DEPLOYMENT_TOPIC, wire.encode(make_table(self._version, *rows, facts=self.facts)))
             await asyncio.sleep(0.02)
 
 
@@ -187,14 +185,16 @@ async def test_it_ends_at_once_when_its_supervisor_does(parent: Parent):
 
 
 async def test_a_model_without_a_tokenizer_is_reported_as_a_failure_that_stays(parent: Parent):
-    parent.spawn(model_path="/nowhere")
+    parent.spawn(path="/nowhere")
     assert "/nowhere" in (await parent.report(Failed)).message
     assert await parent.exit_code() == 1
 
 
 def test_a_configuration_that_cannot_be_read_is_one_line_and_exit_code_2():
     command = [sys.executable, "-m", "frontend.server", "--config-fd", "0"]
-    done = subprocess.run(command, input="{}", capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        command, input=msgpack.packb([WIRE_VERSION, "serverconfig", {}]), capture_output=True, cwd=ROOT
+    )
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "fields missing" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert b"missing required field" in done.stderr

@@ -10,13 +10,14 @@ import zmq
 
 from frontend import sockets
 from frontend.sockets import Messages, SocketReader
+from tests.contexts import OwningContext
 from tests.frontend.deployments import until
 
 
 @pytest.fixture
 def pair() -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
     """Two ends of one connection, in this process."""
-    context = zmq.Context()
+    context = OwningContext()
     ours, theirs = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
     ours.bind("inproc://pair")
     theirs.connect("inproc://pair")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,11 @@ from metrics.broadcast import (
     Publisher,
     bind_heartbeats,
     connect_heartbeats,
-    deployment_endpoint,
     heartbeat_endpoint,
     make_subscriber,
     snapshot_endpoint,
 )
+from tests.contexts import OwningContext
 
 PATIENCE_S = 20.0
 
@@ -38,13 +39,13 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def receive(socket: zmq.Socket[bytes]) -> list[bytes]:
-    assert socket.poll(PATIENCE_S * 1000), "nothing came"
+    assert socket.poll(int(PATIENCE_S * 1000)), "nothing came"
     return socket.recv_multipart(flags=zmq.NOBLOCK)
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+def context() -> Iterator[OwningContext]:
+    context = OwningContext()
     yield context
     context.destroy(linger=0)
 
@@ -56,7 +57,7 @@ def directory() -> Iterator[str]:
         yield path
 
 
-def test_a_subscriber_receives_the_topics_it_asked_for(context: zmq.Context, directory: str) -> None:
+def test_a_subscriber_receives_the_topics_it_asked_for(context: OwningContext, directory: str) -> None:
     endpoint = snapshot_endpoint(directory, 0)
     publisher = Publisher(context, endpoint)
     subscriber = make_subscriber(context, [endpoint], [TOPIC_TALLY])
@@ -67,29 +68,33 @@ def test_a_subscriber_receives_the_topics_it_asked_for(context: zmq.Context, dir
     assert receive(subscriber) == [TOPIC_TALLY, b"snapshot"]
 
 
-def test_one_socket_hears_several_engines_also_those_that_start_later(context: zmq.Context, directory: str) -> None:
+def test_one_socket_hears_several_engines_also_those_that_start_later(context: OwningContext, directory: str) -> None:
     endpoints = [snapshot_endpoint(directory, engine) for engine in range(2)]
     subscriber = make_subscriber(context, endpoints, [TOPIC_TALLY])
     for engine, endpoint in enumerate(endpoints):
         publisher = Publisher(context, endpoint)
-        wait_until(lambda p=publisher: p.has_subscribers(TOPIC_TALLY), "the subscription")
+        wait_until(partial(publisher.has_subscribers, TOPIC_TALLY), "the subscription")
         publisher.publish(TOPIC_TALLY, b"%d" % engine)
         assert receive(subscriber) == [TOPIC_TALLY, b"%d" % engine]
 
 
-def test_a_restarted_publisher_is_found_again_at_the_same_path(context: zmq.Context, directory: str) -> None:
+def has_subscribers_again(publisher: Publisher, subscriber: zmq.Socket[bytes]) -> bool:
+    # NOTE: a SUB socket repeats its subscriptions to a publisher that came back only while its owner reads it.
+    return not subscriber.poll(1) and publisher.has_subscribers(TOPIC_TALLY)
+
+
+def test_a_restarted_publisher_is_found_again_at_the_same_path(context: OwningContext, directory: str) -> None:
     endpoint = snapshot_endpoint(directory, 0)
     subscriber = make_subscriber(context, [endpoint], [TOPIC_TALLY])
     for life in (b"1", b"2"):
         publisher = Publisher(context, endpoint)
-        # NOTE: a SUB socket repeats its subscriptions to a publisher that came back only while its owner reads it.
-        wait_until(lambda p=publisher: not subscriber.poll(1) and p.has_subscribers(TOPIC_TALLY), "the subscription")
+        wait_until(partial(has_subscribers_again, publisher, subscriber), "the subscription")
         publisher.publish(TOPIC_TALLY, life)
         assert receive(subscriber) == [TOPIC_TALLY, life]
         publisher.close()
 
 
-def test_a_path_left_behind_by_a_killed_process_is_taken_over(context: zmq.Context, directory: str) -> None:
+def test_a_path_left_behind_by_a_killed_process_is_taken_over(context: OwningContext, directory: str) -> None:
     endpoint = snapshot_endpoint(directory, 0)
     Path(endpoint.removeprefix("ipc://")).touch()
     publisher = Publisher(context, endpoint)
@@ -98,7 +103,7 @@ def test_a_path_left_behind_by_a_killed_process_is_taken_over(context: zmq.Conte
     subscriber.close(linger=0)
 
 
-def test_has_subscribers_forgets_who_has_gone(context: zmq.Context) -> None:
+def test_has_subscribers_forgets_who_has_gone(context: OwningContext) -> None:
     publisher = Publisher(context, "inproc://gone")
     subscribers = [make_subscriber(context, ["inproc://gone"], [TOPIC_ITERATIONS]) for _ in range(2)]
     wait_until(lambda: publisher.has_subscribers(TOPIC_ITERATIONS), "the subscription")
@@ -107,7 +112,7 @@ def test_has_subscribers_forgets_who_has_gone(context: zmq.Context) -> None:
     wait_until(lambda: not publisher.has_subscribers(TOPIC_ITERATIONS), "the cancellation")
 
 
-def test_a_subscription_to_everything_counts_for_every_topic(context: zmq.Context) -> None:
+def test_a_subscription_to_everything_counts_for_every_topic(context: OwningContext) -> None:
     publisher = Publisher(context, "inproc://all")
     subscriber = make_subscriber(context, ["inproc://all"], [b""])
     wait_until(lambda: publisher.has_subscribers(TOPIC_ITERATIONS), "the subscription")
@@ -116,7 +121,7 @@ def test_a_subscription_to_everything_counts_for_every_topic(context: zmq.Contex
 
 
 def test_subscribers_that_never_read_neither_stop_the_publisher_nor_starve_who_reads(
-    context: zmq.Context, directory: str
+    context: OwningContext, directory: str
 ) -> None:
     """P8. A publisher that waited for them would hang here: they are sent many times what their queues hold."""
     endpoint = snapshot_endpoint(directory, 0)
@@ -138,42 +143,42 @@ def test_subscribers_that_never_read_neither_stop_the_publisher_nor_starve_who_r
     assert all(subscriber.get(zmq.RCVHWM) == SUBSCRIBER_HWM for subscriber in deaf)
 
 
-def test_publishing_into_a_closed_socket_is_a_drop_not_an_error(context: zmq.Context) -> None:
+def test_publishing_into_a_closed_socket_is_a_drop_not_an_error(context: OwningContext) -> None:
     publisher = Publisher(context, "inproc://closed")
     publisher.close()
     assert not publisher.publish(TOPIC_TALLY, b"late")
     assert not publisher.has_subscribers(TOPIC_TALLY)
 
 
-def test_heartbeats_arrive_in_order(context: zmq.Context, directory: str) -> None:
+def test_heartbeats_arrive_in_order(context: OwningContext, directory: str) -> None:
     endpoint = heartbeat_endpoint(directory, 0)
     beacon = bind_heartbeats(context, endpoint)
     sender = connect_heartbeats(context, endpoint)
-    assert sender.poll(PATIENCE_S * 1000, zmq.POLLOUT)
+    assert sender.poll(int(PATIENCE_S * 1000), zmq.POLLOUT)
     for number in range(3):
         sender.send(b"%d" % number, flags=zmq.NOBLOCK)
     assert [receive(beacon) for _ in range(3)] == [[b"0"], [b"1"], [b"2"]]
 
 
-def test_no_heartbeat_is_kept_for_an_engine_that_is_away(context: zmq.Context, directory: str) -> None:
+def test_no_heartbeat_is_kept_for_an_engine_that_is_away(context: OwningContext, directory: str) -> None:
     endpoint = heartbeat_endpoint(directory, 0)
     sender = connect_heartbeats(context, endpoint)
     with pytest.raises(zmq.Again):
         sender.send(b"to nobody", flags=zmq.NOBLOCK)
     beacon = bind_heartbeats(context, endpoint)
-    assert sender.poll(PATIENCE_S * 1000, zmq.POLLOUT)
+    assert sender.poll(int(PATIENCE_S * 1000), zmq.POLLOUT)
     sender.send(b"first", flags=zmq.NOBLOCK)
     assert receive(beacon) == [b"first"]
 
 
-def test_the_queue_to_a_beacon_that_does_not_read_is_bounded(context: zmq.Context) -> None:
+def test_the_queue_to_a_beacon_that_does_not_read_is_bounded(context: OwningContext) -> None:
     beacon = bind_heartbeats(context, "inproc://frozen")
     sender = connect_heartbeats(context, "inproc://frozen")
     num_queued = 0
     while sender.poll(0, zmq.POLLOUT):
         sender.send(b"beat", flags=zmq.NOBLOCK)
         num_queued += 1
-    assert num_queued <= HEARTBEAT_HWM + beacon.get(zmq.RCVHWM)
+    assert num_queued <= HEARTBEAT_HWM + int(beacon.get(zmq.RCVHWM))
 
 
 async def test_an_asyncio_context_gives_sockets_to_await(directory: str) -> None:
@@ -188,9 +193,7 @@ async def test_an_asyncio_context_gives_sockets_to_await(directory: str) -> None
         context.destroy(linger=0)
 
 
-@pytest.mark.parametrize(
-    "endpoint", [lambda d: snapshot_endpoint(d, 0), lambda d: heartbeat_endpoint(d, 0), deployment_endpoint]
-)
+@pytest.mark.parametrize("endpoint", [lambda d: snapshot_endpoint(d, 0), lambda d: heartbeat_endpoint(d, 0)])
 def test_a_path_too_long_for_a_socket_is_refused_by_name_and_length(endpoint: Callable[[str], str]) -> None:
     fits = "/" + "d" * (MAX_IPC_PATH_BYTES - len(endpoint("").removeprefix("ipc://")) - 1)
     assert len(endpoint(fits).removeprefix("ipc://")) == MAX_IPC_PATH_BYTES
@@ -198,14 +201,14 @@ def test_a_path_too_long_for_a_socket_is_refused_by_name_and_length(endpoint: Ca
         endpoint(fits + "d")
 
 
-def test_the_longest_path_that_is_allowed_can_be_bound(context: zmq.Context, directory: str) -> None:
-    padding = MAX_IPC_PATH_BYTES - len(deployment_endpoint(directory).removeprefix("ipc://")) - 1
+def test_the_longest_path_that_is_allowed_can_be_bound(context: OwningContext, directory: str) -> None:
+    padding = MAX_IPC_PATH_BYTES - len(snapshot_endpoint(directory, 0).removeprefix("ipc://")) - 1
     longest = Path(directory) / ("d" * padding)
     longest.mkdir()
-    Publisher(context, deployment_endpoint(str(longest))).close()
+    Publisher(context, snapshot_endpoint(str(longest), 0)).close()
 
 
-def test_an_endpoint_that_cannot_be_bound_is_named(context: zmq.Context, directory: str) -> None:
+def test_an_endpoint_that_cannot_be_bound_is_named(context: OwningContext, directory: str) -> None:
     missing = snapshot_endpoint(f"{directory}/missing", 0)
     with pytest.raises(BroadcastError, match=r"cannot bind .*missing"):
         Publisher(context, missing)

@@ -86,7 +86,7 @@ def oracle(
                 labels.pop("model_name")
             elif not metric.has_model:
                 labels.pop("model_name", None)
-            family = families.setdefault(metric.name, kinds[metric.kind](metric.name, metric.help))
+            family: Any = families.setdefault(metric.name, kinds[metric.kind](metric.name, metric.help))
             if family.name.endswith(f"_{metric.unit}"):
                 family.unit = metric.unit
             before = len(family.samples)

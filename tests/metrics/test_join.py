@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 
 from hypothesis import given
@@ -72,7 +71,9 @@ def test_join_is_commutative_associative_and_idempotent(run: list[list[Snapshot]
 @given(runs(), st.data())
 def test_join_never_loses_the_greatest_position(run: list[list[Snapshot]], data: st.DataObject) -> None:
     views = [draw_view(data, run) for _ in range(4)]
-    joined = functools.reduce(join, views, {})
+    joined: View = {}
+    for view in views:
+        joined = join(joined, view)
     for engine in range(len(run)):
         positions = [view[engine].position for view in views if engine in view]
         assert (joined[engine].position if engine in joined else None) == max(positions, default=None)
@@ -82,7 +83,7 @@ def test_join_never_loses_the_greatest_position(run: list[list[Snapshot]], data:
 def test_no_total_falls_in_whatever_order_snapshots_arrive_and_repeat(
     run: list[list[Snapshot]], data: st.DataObject
 ) -> None:
-    arrivals = data.draw(st.lists(st.sampled_from([s for h in run for s in h] or [None]), max_size=20))
+    arrivals = data.draw(st.lists(st.sampled_from([None, *(s for h in run for s in h)]), max_size=20))
     view: View = {}
     totals = [0.0] * len(run)
     for snapshot in filter(None, arrivals):

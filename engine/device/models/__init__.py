@@ -11,7 +11,7 @@ from typing import Final
 from engine.device.models.llama import FlatInput, LlamaModel
 from engine.device.weights import ModelSpec
 
-__all__ = ["DECODERS", "Decoder", "FlatInput", "decoder_for"]
+__all__ = ["Decoder", "FlatInput", "decoder_for"]
 
 Decoder = LlamaModel  # a second one gives a protocol that both implement
 DECODERS: Final = {"llama": LlamaModel}  # by the name in a row of engine.device.weights.families

@@ -239,8 +239,9 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def check_add_rms_norm(kernels: Kernels, num_rows: int, dtype: torch.dtype, tolerance: float) -> None:
     hidden, more, weight = (torch.randn(*shape, 16).to(dtype) for shape in ((num_rows,), (num_rows,), ()))
     added = hidden + more
-    for parts in ((hidden, more, weight), (hidden, None, weight)):
-        got = kernels.add_rms_norm(*(None if part is None else kernels.array(part) for part in parts), 1e-5)
+    for part in (more, None):
+        residual = None if part is None else kernels.array(part)
+        got = kernels.add_rms_norm(kernels.array(hidden), residual, kernels.array(weight), 1e-5)
         assert torch.equal(hidden, added)
         torch.testing.assert_close(kernels.tensor(got).double(), norm(added, weight), rtol=tolerance, atol=tolerance)
 

@@ -7,6 +7,7 @@ import math
 import resource
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_logprobs_come_with_the_token(runner: TorchRunner):
 
 def test_what_it_says_of_itself(runner: TorchRunner):
     assert (runner.num_blocks, runner.block_size, runner.max_model_len) == (128, 16, 2048)
-    assert (runner.vocab_size, runner.eos_token_ids, runner.cache_dtype) == (512, {1}, "float32")
+    assert (runner.vocab_size, runner.eos_token_ids, runner.cache_dtype) == (512, frozenset({1}), "float32")
 
 
 # --- how much ---
@@ -163,7 +164,7 @@ def test_a_sliding_window_caps_the_length_and_says_so(tmp_path: Path):
 
 
 @pytest.mark.parametrize("option", [{"dtype": "int3"}, {"device": "tpu"}])
-def test_an_unknown_option_is_refused_by_name(model: Path, option: dict[str, str]):
+def test_an_unknown_option_is_refused_by_name(model: Path, option: dict[str, Any]):
     with pytest.raises(ModelError, match=next(iter(option.values()))):
         load(model, **option)
 

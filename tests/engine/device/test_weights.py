@@ -164,7 +164,7 @@ def test_a_checkpoint_may_be_sharded(tmp_path: Path, llama: Path):
     tensors = load_file(llama / "model.safetensors")
     names = sorted(tensors)
     (tmp_path / "config.json").write_text((llama / "config.json").read_text())
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2])):
         file = f"model-{number}.safetensors"
         save_file({name: tensors[name] for name in part}, tmp_path / file)

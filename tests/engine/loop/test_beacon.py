@@ -10,11 +10,13 @@ import msgpack
 import pytest
 import zmq
 
+from engine import wire
 from engine.loop.beacon import Beacon, Shared
-from engine.wire.deployment import DEPLOYMENT_TOPIC, Alive, encode_deployment
+from engine.wire.deployment import DEPLOYMENT_TOPIC, Alive, deployment_endpoint
 from engine.wire.lifeline import Lifeline, make_lifeline, read_reports
 from metrics import broadcast
 from metrics.snapshot import NOWHERE, Heartbeat, Position, Resign, Snapshot, decode_snapshot, encode
+from tests.contexts import OwningContext
 from tests.engine.engine_processes import engine_layout, make_config, open_store, table
 from tests.fakes import FakeClock
 
@@ -35,17 +37,18 @@ class Air:
         self.supervisor, childs = make_lifeline()
         self.orphaned = 0
         config = make_config(directory, incarnation=incarnation, lease_s=LEASE_S, stall_timeout_s=5.0)
+        self.lifeline = Lifeline(childs.detach())
         self.beacon = Beacon(
             config,
             self.layout,
             self.store,
             self.shared,
-            Lifeline(childs.detach()),
+            self.lifeline,
             clock=self.clock,
             on_orphaned=self._on_orphaned,
         )
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.tables = broadcast.Publisher(self.context, broadcast.deployment_endpoint(directory))
+        self.context = OwningContext()
+        self.tables = broadcast.Publisher(self.context, deployment_endpoint(directory))
         self.beacon._open(self.context)
         self.snapshots = broadcast.make_subscriber(
             self.context, [broadcast.snapshot_endpoint(directory, 0)], [broadcast.TOPIC_TALLY]
@@ -65,13 +68,14 @@ class Air:
         self.beacon.turn()
 
     def snapshot(self) -> Snapshot:
-        """The next one that is published from now on."""
-        while self.snapshots.poll(0):
-            self.snapshots.recv_multipart()
+        """One that is published from now on; older ones may still be under way."""
+        before = self.beacon._sequence
         for _ in range(WAITS):
             self.turn()
-            if self.snapshots.poll(5):
-                return decode_snapshot(self.snapshots.recv_multipart()[1])
+            while self.snapshots.poll(5):
+                snapshot = decode_snapshot(self.snapshots.recv_multipart()[1])
+                if snapshot.sequence > before:
+                    return snapshot
         raise AssertionError("no snapshot")
 
     def beat(self, index: int, ack: Position, incarnation: int = 1) -> None:
@@ -101,6 +105,7 @@ class Air:
 
     def close(self) -> None:
         self.context.destroy(linger=0)
+        self.lifeline.close()
         self.supervisor.close()
         self.store.close()
 
@@ -172,8 +177,7 @@ def test_who_does_not_hear_makes_nobody_publish_more_than_once_an_interval(air: 
 
 def test_sockets_that_cannot_be_bound_are_an_error_of_the_one_who_starts(air: Air, tmp_path):
     config = make_config(str(tmp_path / "nowhere"))
-    _, childs = make_lifeline()
-    beacon = Beacon(config, air.layout, air.store, air.shared, Lifeline(childs.detach()))
+    beacon = Beacon(config, air.layout, air.store, air.shared, air.lifeline)
     with pytest.raises(broadcast.BroadcastError, match="nowhere"):
         beacon.start()
 
@@ -192,7 +196,7 @@ def test_the_end_of_the_holder_moves_the_grant_at_once_and_is_handed_to_the_loop
     version = 0
     while air.shared.ended.empty():  # the subscription takes a moment
         version += 1
-        air.tables.publish(DEPLOYMENT_TOPIC, encode_deployment(table(version, (0, 1, "ready"), (1, 1, "ended"))))
+        air.tables.publish(DEPLOYMENT_TOPIC, wire.encode(table(version, (0, 1, "ready"), (1, 1, "ended"))))
         air.turn(0.0001)
         assert version < 2000
     new = air.snapshot()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -105,5 +106,5 @@ def test_a_one_token_prompt_is_prefill_too(length):
         ({"enable_chunked_prefill": False, "max_num_batched_tokens": 600}, 600),
     ],
 )
-def test_the_budget_suits_the_device_unless_it_is_named_or_other_limits_need_more(named: dict[str, int], budget: int):
+def test_the_budget_suits_the_device_unless_it_is_named_or_other_limits_need_more(named: dict[str, Any], budget: int):
     assert SchedulerConfig(**named).budget(512, max_model_len=2000) == budget

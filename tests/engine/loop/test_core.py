@@ -8,8 +8,18 @@ from typing import Any
 import pytest
 
 from engine.config import SchedulerConfig
-from engine.schedule.batch import SampledToken, TokenLogprobs
-from engine.wire import Finish, Output, Outputs, SamplingParams, Start, Submit, decode_from_engine, encode
+from engine.schedule.batch import SampledToken
+from engine.wire import (
+    Finish,
+    Output,
+    Outputs,
+    SamplingParams,
+    Start,
+    Submit,
+    TokenLogprobs,
+    decode_from_engine,
+    encode,
+)
 from tests.engine.workload import MAX_MODEL_LEN, VOCAB_SIZE, Engine, Job, Setup
 from tests.fakes import fake_output
 
@@ -59,6 +69,7 @@ def test_the_first_token_comes_with_the_life_of_the_sequence_so_far_and_the_last
         if len(outputs) == 1:
             first_token_at = sent[0, 1].at
     start = outputs[0].start
+    assert start is not None
     assert start == Start(arrived, start.scheduled_at, 0, 0)
     assert arrived < start.scheduled_at <= first_token_at
     assert [output.start for output in outputs[1:]] == [None] * 3

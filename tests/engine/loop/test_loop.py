@@ -15,7 +15,6 @@ import pytest
 import zmq
 
 from engine import wire
-from engine.config import to_json
 from engine.host import share
 from engine.loop.beacon import Shared
 from engine.loop.loop import EngineLoop, bind_router
@@ -27,6 +26,7 @@ from engine.wire.lifeline import make_lifeline, read_reports
 from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
 from metrics.files.store import TallyReader, tally_path
+from tests.contexts import OwningContext
 from tests.engine.engine_processes import VOCAB_SIZE, SizedRunner, engine_layout, make_config, open_store
 from tests.fakes import fake_output
 
@@ -42,7 +42,7 @@ class Engine:
         self.store = open_store(directory, incarnation)
         self.runner = SizedRunner()
         self.shared = Shared()
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context = OwningContext()
         self.router = bind_router(self.context, wire.work_endpoint(directory, 0, incarnation))
         recorder = Recorder(self.store.tally, self.store.tally.layout, self.config.num_api_servers)
         recorder.close_books()
@@ -350,7 +350,7 @@ def run_main(directory: str, factory) -> tuple[int, list[object]]:
     """(exit code, reports but those of being alive) of `main` with a configuration as the supervisor gives it."""
     ours, theirs = make_lifeline()
     descriptor = os.memfd_create("config")
-    os.write(descriptor, to_json(make_config(directory, lifeline_fd=theirs.detach())).encode())
+    os.write(descriptor, wire.encode(make_config(directory, lifeline_fd=theirs.detach())))
     os.lseek(descriptor, 0, os.SEEK_SET)
     code = main(["--config-fd", str(descriptor)], runner_factory=factory)
     reports, _ = read_reports(ours)
@@ -386,7 +386,7 @@ def test_no_room_for_the_tally_is_a_failure_that_may_pass(directory: str):
 def test_a_process_that_still_loads_reports_and_ends_with_its_supervisor(directory: str, tmp_path):
     ours, theirs = make_lifeline()
     config = tmp_path / "config"
-    config.write_text(to_json(make_config(directory, lifeline_fd=theirs.fileno())))
+    config.write_bytes(wire.encode(make_config(directory, lifeline_fd=theirs.fileno())))
     program = (
         "import os, sys, time; from engine.loop.process import main;"
         f" sys.exit(main(['--config-fd', str(os.open({str(config)!r}, os.O_RDONLY))],"
@@ -408,10 +408,10 @@ def test_a_process_that_still_loads_reports_and_ends_with_its_supervisor(directo
 
 def test_threads_that_the_operator_binds_to_cores_are_as_many_as_the_cores(directory: str, tmp_path):
     config = tmp_path / "config"
-    config.write_text(to_json(make_config(directory)))
+    config.write_bytes(wire.encode(make_config(directory)))
     program = (
         "import contextlib, sys; from engine.loop.process import *\n"
-        "config = engine_config_from_json(open(sys.argv[1]).read())\n"
+        "config = wire.decode_engine_config(open(sys.argv[1], 'rb').read())\n"
         "with contextlib.suppress(CannotServeError): load_runner(config, lambda line: None)\n"
         "import torch; print(torch.get_num_threads())"
     )
@@ -434,7 +434,7 @@ def test_a_missing_model_is_refused_by_the_real_loader(directory: str):
 def test_the_process_reports_ready_with_its_facts_and_ends_on_sigterm(directory: str, tmp_path):
     ours, theirs = make_lifeline()
     config = tmp_path / "config"
-    config.write_text(to_json(make_config(directory, lifeline_fd=theirs.fileno())))
+    config.write_bytes(wire.encode(make_config(directory, lifeline_fd=theirs.fileno())))
     program = (
         "import os, sys; from engine.loop.process import main; from tests.engine.engine_processes import SizedRunner;"
         f" sys.exit(main(['--config-fd', str(os.open({str(config)!r}, os.O_RDONLY))], lambda *_: SizedRunner()))"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from tests.engine.workload import EOS, MAX_MODEL_LEN, VOCAB_SIZE, Job, Setup, co
 TOKEN = 9  # neither EOS nor a stop token
 
 
-def make(num_blocks: int = 64, block_size: int = 4, caches: bool = False, **limits: int | bool) -> Scheduler:
+def make(num_blocks: int = 64, block_size: int = 4, caches: bool = False, **limits: Any) -> Scheduler:
     return Scheduler(
         SchedulerConfig(**limits),
         BlockPool(num_blocks, block_size, caches),
@@ -27,9 +29,7 @@ def make(num_blocks: int = 64, block_size: int = 4, caches: bool = False, **limi
     )
 
 
-def add(
-    scheduler: Scheduler, sequence_id: int, prompt_len: int, *, priority: int = 0, **sampling: object
-) -> RequestState:
+def add(scheduler: Scheduler, sequence_id: int, prompt_len: int, *, priority: int = 0, **sampling: Any) -> RequestState:
     params = SamplingParams(**{"max_tokens": 40, **sampling})
     prompt = [(sequence_id * 3 + i) % VOCAB_SIZE for i in range(prompt_len)]
     request = RequestState(sequence_id, (0, 1), Submit(sequence_id, 1, prompt, params, priority), 1.0)

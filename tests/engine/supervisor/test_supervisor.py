@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.config import Patience
 from engine.supervisor.policy import (
     DRAIN_MARGIN_S,
     ENGINE_END_S,
@@ -17,11 +18,10 @@ from engine.supervisor.policy import (
     Action,
     Exit,
     Kill,
-    Patience,
     Spawn,
     Supervision,
 )
-from engine.wire.deployment import Alive, Facts, Failed, Ready
+from engine.wire.deployment import Alive, Facts, Failed, Ready, Report
 from metrics.catalogue import API_SERVER, ENGINE
 
 FACTS = Facts(
@@ -49,6 +49,11 @@ class World:
         self.signals: list[Kill] = []
         self.exit: Exit | None = None
         self.pid = 100
+
+    def state(self, role: str, index: int) -> str:
+        found = self.machine.table().find(role, index)
+        assert found is not None
+        return found.state
 
     def obey(self, actions: list[Action]) -> None:
         for action in actions:
@@ -123,11 +128,11 @@ def test_an_engine_with_other_facts_is_never_ready_and_is_started_again():
     world.report(ENGINE, 1, Ready(facts=FACTS))
     world.report(ENGINE, 0, Ready(facts=OTHER_FACTS))
     assert world.killed() == [(ENGINE, 0)]
-    assert world.machine.table().find(ENGINE, 0).state == "starting"
+    assert world.state(ENGINE, 0) == "starting"
     world.end(ENGINE, 0)
     world.tick(0.2)
     world.report(ENGINE, 0, Ready(facts=FACTS))
-    assert world.machine.table().find(ENGINE, 0).state == "ready"
+    assert world.state(ENGINE, 0) == "ready"
     assert world.machine.facts == FACTS
 
 
@@ -363,7 +368,7 @@ class AnyLife(RuleBasedStateMachine):
         if key is None:
             return
         facts = {"ready": FACTS, "other": OTHER_FACTS}.get(kind) if key[0] == ENGINE else None
-        reports = {
+        reports: dict[str, Report] = {
             "alive": Alive(progress=number, is_busy=False),
             "busy": Alive(progress=1, is_busy=True),
             "failed": Failed(message="no"),
@@ -371,7 +376,7 @@ class AnyLife(RuleBasedStateMachine):
         if kind == "failed" and not self.has_served and self.code is None:
             self.code = 2
         self.world.report(*key, reports.get(kind, Ready(facts=facts)))
-        if self.world.machine.table().find(*key).state == "ready":
+        if self.world.state(*key) == "ready":
             self.failures[key] = 0
 
     @rule(number=st.integers(0, 9))
@@ -380,7 +385,7 @@ class AnyLife(RuleBasedStateMachine):
         key = self.pick(number)
         if key is None:
             return
-        state = self.world.machine.table().find(*key).state
+        state = self.world.state(*key)
         self.failures[key] = self.failures.get(key, 0) + 1 if state == "starting" else 0
         if key[0] == ENGINE and self.failures[key] == 5 and self.code is None:
             self.code = 1

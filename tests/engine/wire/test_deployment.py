@@ -9,12 +9,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from engine.wire.codec import WIRE_VERSION, WireError, encode
 from engine.wire.deployment import (
+    MAX_MESSAGE_CHARS,
     STATES,
-    TABLE_VERSION,
     Alive,
     Deployment,
-    DeploymentError,
     Facts,
     Failed,
     ProcessEntry,
@@ -22,8 +22,6 @@ from engine.wire.deployment import (
     Report,
     decode_deployment,
     decode_report,
-    encode_deployment,
-    encode_report,
 )
 from metrics.catalogue import API_SERVER, ENGINE, ROLES
 
@@ -57,8 +55,27 @@ reports = st.one_of(
 # Almost a message: the right frame around wrong fields finds more than random bytes do.
 scalars = st.none() | st.booleans() | st.integers(-1, 2**63) | st.floats() | st.text(max_size=3) | st.binary(max_size=3)
 fields = scalars | st.lists(scalars, max_size=5) | st.dictionaries(st.text(max_size=3), scalars, max_size=2)
-near_tables = st.tuples(st.just(TABLE_VERSION), counts | fields, st.none() | fields, st.lists(fields, max_size=2))
-near_reports = st.tuples(st.just(TABLE_VERSION), st.sampled_from(["ready", "alive", "failed"]) | scalars, fields)
+near_tables = st.fixed_dictionaries(
+    {"version": counts | fields, "facts": st.none() | fields, "processes": st.lists(fields, max_size=2)}
+)
+near_reports = st.tuples(
+    st.just(WIRE_VERSION),
+    st.sampled_from(["ready", "alive", "failed"]) | scalars,
+    st.fixed_dictionaries({}, optional=dict.fromkeys(("facts", "progress", "is_busy", "message"), fields)) | fields,
+)
+
+
+def table_bytes(fields: Any) -> bytes:
+    packed: bytes = msgpack.packb([WIRE_VERSION, "deployment", fields])
+    return packed
+
+
+def alive_bytes(progress: Any) -> bytes:
+    packed: bytes = msgpack.packb([WIRE_VERSION, "alive", {"progress": progress, "is_busy": True}])
+    return packed
+
+
+PROCESS = {"role": ENGINE, "index": 0, "incarnation": 1, "pid": 2, "state": "ready"}
 
 
 def table_of(*processes: ProcessEntry) -> Deployment:
@@ -71,63 +88,73 @@ def entry(role: str, index: int, incarnation: int, state: str = "ready") -> Proc
 
 @given(tables)
 def test_a_table_comes_back_as_it_was(table: Deployment) -> None:
-    assert decode_deployment(encode_deployment(table)) == table
+    assert decode_deployment(encode(table)) == table
 
 
 @given(reports)
 def test_a_report_comes_back_as_it_was(report: Report) -> None:
-    assert decode_report(encode_report(report)) == report
+    assert decode_report(encode(report)) == report
 
 
-@given(st.binary(max_size=100) | near_tables.map(msgpack.packb))
-@example(msgpack.packb([TABLE_VERSION, float("inf"), None, []]))
-@example(msgpack.packb([TABLE_VERSION, -1, None, []]))
-@example(msgpack.packb([TABLE_VERSION, 1.5, None, []]))
-def test_any_bytes_are_a_table_or_raise_deployment_error(raw: bytes) -> None:
+@given(st.binary(max_size=100) | near_tables.map(table_bytes))
+@example(table_bytes({"version": float("inf"), "facts": None, "processes": []}))
+@example(table_bytes({"version": -1, "facts": None, "processes": []}))
+@example(table_bytes({"version": 1.5, "facts": None, "processes": []}))
+def test_any_bytes_are_a_table_or_raise_wire_error(raw: bytes) -> None:
     try:
         table = decode_deployment(raw)
-    except DeploymentError:
+    except WireError:
         return
-    assert decode_deployment(encode_deployment(table)) == table
+    assert decode_deployment(encode(table)) == table
     assert table.version >= 0
-    assert msgpack.unpackb(raw)[1] == table.version
+    assert msgpack.unpackb(raw)[2]["version"] == table.version
 
 
 @given(st.binary(max_size=100) | near_reports.map(msgpack.packb))
-@example(msgpack.packb([TABLE_VERSION, "alive", True, True]))
-@example(msgpack.packb([TABLE_VERSION, "alive", -1, True]))
-def test_any_bytes_are_a_report_or_raise_deployment_error(raw: bytes) -> None:
+@example(alive_bytes(True))
+@example(alive_bytes(-1))
+def test_any_bytes_are_a_report_or_raise_wire_error(raw: bytes) -> None:
     try:
         report = decode_report(raw)
-    except DeploymentError:
+    except WireError:
         return
-    assert decode_report(encode_report(report)) == report
+    assert decode_report(encode(report)) == report
     if isinstance(report, Alive):
         assert type(report.progress) is int
         assert report.progress >= 0
 
 
 @given(tables, st.data())
-def test_a_table_cut_anywhere_raises_deployment_error(table: Deployment, data: st.DataObject) -> None:
-    raw = encode_deployment(table)
-    with pytest.raises(DeploymentError):
+def test_a_table_cut_anywhere_raises_wire_error(table: Deployment, data: st.DataObject) -> None:
+    raw = encode(table)
+    with pytest.raises(WireError):
         decode_deployment(raw[: data.draw(st.integers(0, len(raw) - 1))])
 
 
 @pytest.mark.parametrize(
-    ("at", "value", "complaint"),
+    ("changes", "complaint"),
     [
-        (0, 2, "version"),
-        (1, "many", "version"),
-        (2, {"model_name": "m"}, "facts"),
-        (3, [["dog", 0, 1, 2, "ready"]], "dog"),
+        ({"version": "many"}, r"version: Expected `int`, got `str`, not 'many'"),
+        ({"facts": {"model_name": "m"}}, "facts: .*missing required field"),
+        ({"processes": [["dog"]]}, r"processes\[0\]"),
+        ({"processes": [PROCESS | {"role": "dog"}]}, r"processes\[0\].role: .*not 'dog'"),
+        ({"processes": [PROCESS | {"state": "asleep"}]}, r"processes\[0\].state: .*not 'asleep'"),
+        ({"processes": [PROCESS | {"pid": -1}]}, r"processes\[0\].pid: .*not -1"),
+        ({"processes": [PROCESS | {"mood": 1}]}, r"processes\[0\]: fields missing or unknown: \['mood'\]"),
+        ({"surprise": 1}, r"fields missing or unknown: \['surprise'\]"),
     ],
 )
-def test_the_error_shows_what_is_wrong(at: int, value: Any, complaint: str) -> None:
-    message = msgpack.unpackb(encode_deployment(table_of(entry(ENGINE, 0, 1))))
-    message[at] = value
-    with pytest.raises(DeploymentError, match=complaint):
-        decode_deployment(msgpack.packb(message))
+def test_the_error_shows_what_is_wrong(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(WireError, match=complaint):
+        decode_deployment(table_bytes({"version": 1, "facts": None, "processes": [PROCESS]} | changes))
+
+
+@given(st.text())
+def test_a_failure_is_reported_shortened_and_as_text(message: str) -> None:
+    failed = Failed(message=message + "\udcff" + "x" * 3000)
+    assert decode_report(encode(failed)) == failed
+    assert failed.message.startswith(message[:2000])
+    assert len(failed.message) == MAX_MESSAGE_CHARS
 
 
 def test_find_gives_the_process_of_this_role_and_index() -> None:

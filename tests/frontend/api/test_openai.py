@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import socket
 from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]
@@ -60,7 +61,7 @@ async def serving(clients: FakeClients) -> AsyncIterator[HTTP]:
 
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-MESSAGES = [{"role": "user", "content": "Hi"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
 async def post(clients: FakeClients, path: str, status: int = 200, **body: Any) -> Any:
@@ -490,7 +491,7 @@ async def test_bad_input_never_reaches_an_engine(case: str):
     path, body, status, words = BAD[case]
     clients = FakeClients()
     async with serving(clients) as http:
-        answer = await http.post(path, data=body if isinstance(body, bytes) else json.dumps(body).encode())
+        answer = await http.post(path, data=io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode()))
         assert answer.status == status
         assert words in json.dumps((await answer.json())["error"])
     assert not clients.asks
@@ -539,7 +540,7 @@ async def test_the_official_client_is_served():
     async with official_client(clients) as client:
         completion = await client.completions.create(model="tiny", prompt="x", max_tokens=5)
         assert completion.choices[0].text == "hello"
-        chat = await client.chat.completions.create(model="tiny", messages=MESSAGES)  # type: ignore[arg-type]
+        chat = await client.chat.completions.create(model="tiny", messages=MESSAGES)
         assert chat.choices[0].message.content == "hi"
         assert chat.usage is not None
         assert chat.usage.prompt_tokens_details is not None
@@ -551,7 +552,7 @@ async def test_the_official_client_is_served():
             model="tiny",
             messages=MESSAGES,
             logprobs=True,
-            top_logprobs=2,  # type: ignore[arg-type]
+            top_logprobs=2,
         )
         assert chat.choices[0].logprobs is not None
         assert chat.choices[0].logprobs.content is not None
@@ -566,7 +567,7 @@ async def test_the_official_client_streams():
         assert "".join([chunk.choices[0].text async for chunk in completion]) == "hello"
         chat = await client.chat.completions.create(
             model="tiny",
-            messages=MESSAGES,  # type: ignore[arg-type]
+            messages=MESSAGES,
             stream=True,
             stream_options={"include_usage": True},
         )
@@ -577,7 +578,7 @@ async def test_the_official_client_streams():
 
 
 async def test_the_official_client_meets_its_own_errors():
-    lost = [[FakeDelta(0, [ord("a")])], EngineLost("engine 0 ended")]
+    lost: Script = [[FakeDelta(0, [ord("a")])], EngineLost("engine 0 ended")]
     clients = FakeClients(EngineUnavailable("none is ready"), lost)
     async with official_client(clients) as client:
         with pytest.raises(openai.NotFoundError, match="gpt-5"):

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.wire import SamplingParams
+from engine import wire
+from engine.wire import SamplingParams, Submit
 from frontend.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, check_token_ids, parse_request
 from frontend.errors import BadRequest
 
@@ -75,7 +76,8 @@ def test_any_fields_make_a_request_or_a_bad_request(fields: dict[str, Any]):
     for kind, base in ((CompletionRequest, COMPLETION), (ChatRequest, CHAT)):
         body = json.dumps(base | fields, allow_nan=True).encode()
         with suppress(BadRequest):
-            sampling(parse_request(kind, body)).check()
+            submit = Submit(0, 1, [1], sampling(parse_request(kind, body)))
+            assert wire.decode_from_api_server(wire.encode(submit)) == submit
 
 
 @given(body=st.binary(max_size=60))
@@ -245,7 +247,7 @@ def test_a_prompt_that_fills_the_context_is_refused():
 
 
 def test_every_parameter_reaches_the_engine():
-    asked = {
+    asked: dict[str, Any] = {
         "max_tokens": 9,
         "min_tokens": 2,
         "temperature": 0.5,

@@ -112,6 +112,7 @@ async def test_a_full_disk_under_a_running_tally_is_counted_and_answers_go_on(de
 async def test_an_exemplar_that_cannot_be_kept_is_counted_and_what_was_observed_stays(deploy: Any):
     deployed = await deploy(1)
     node = await held(deployed)
+    assert node.serving._exemplars is not None
     node.serving._exemplars.close()
     node.serving.record.engines[0].first_token(0.25, Origin("request_id", "cmpl-1"))
     node.serving.group.now()

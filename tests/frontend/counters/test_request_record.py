@@ -260,7 +260,8 @@ class Commits:
 
 
 async def test_everybody_who_waits_in_one_tick_shares_one_commit():
-    commits, faults = Commits(), []
+    commits = Commits()
+    faults: list[Exception] = []
     group = GroupCommit(commits, faults.append)
     await asyncio.gather(*(group.committed() for _ in range(50)))
     assert commits.num == 1
@@ -278,7 +279,8 @@ async def test_a_waiter_that_is_cancelled_takes_nobody_with_it():
 
 
 async def test_a_commit_that_fails_is_reported_and_nobody_who_waits_learns_of_it():
-    commits, faults = Commits(), []
+    commits = Commits()
+    faults: list[Exception] = []
     commits.fails = True
     group = GroupCommit(commits, faults.append)
     await group.committed()

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import zmq
 
 from engine import wire
 from engine.wire import Abort, Goodbye, Hello, SamplingParams
@@ -22,6 +21,7 @@ from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests
 from metrics.catalogue import API_SERVER, ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
+from tests.contexts import OwningContext
 from tests.frontend.deployments import START, FakeEngine, deltas_of, finish, output, until
 
 LAYOUT = build_layout(API_SERVER, Shape(num_engines=1, num_api_servers=1, max_model_len=2048))
@@ -33,7 +33,7 @@ class Bench:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self.context = zmq.Context()
+        self.context = OwningContext()
         self.tally = Tally(LAYOUT)
         self.num_commits = 0
         self.committed = list(self.tally.cells)

@@ -11,17 +11,16 @@ from aiohttp import ClientSession
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from frontend.scrape.request import ScrapeRequest
+from tests.e2e.harness import Samples, parse
 from tests.frontend.deployments import (
     COMPLETION,
     Deployed,
     Node,
-    Samples,
     ask,
     engine_of,
     finish,
     one,
     output,
-    parse,
     total,
     until,
 )
@@ -49,7 +48,7 @@ async def exported(deployed: Deployed) -> None:
 
 async def busy(deploy: Any) -> Deployed:
     """Three API servers and two engines that have counted something each."""
-    deployed: Deployed = await deploy(3, 2)
+    deployed: Deployed = await deploy(3, 2, lease_s=10.0)  # none runs out on a busy machine
     for engine, beacon in enumerate(deployed.beacons):
         beacon.tally.inc(beacon.layout.cell(GENERATED), 10 + engine)
         for name, value in (("num_requests_running", 3), ("num_requests_waiting", 2), ("kv_cache_usage_perc", 0.25)):

@@ -149,7 +149,10 @@ def test_a_generated_configuration_and_the_rules_it_names_are_in_order(name: str
 @pytest.mark.parametrize("name", FIRES)
 def test_an_alert_fires_and_says_about_what(rules: Path, tmp_path: Path, name: str):
     minutes, inputs = FIRES[name]
-    query = {"expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})', "eval_time": f"{minutes}m"}
+    query: dict[str, Any] = {
+        "expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})',
+        "eval_time": f"{minutes}m",
+    }
     query["exp_samples"] = [{"labels": "{}", "value": 1}]
     firing(rules, tmp_path, [{"interval": "1m", "input_series": inputs, "promql_expr_test": [query]}])
 

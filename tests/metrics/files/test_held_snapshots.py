@@ -56,6 +56,7 @@ def test_who_has_ended_holds_nothing_and_its_successor_nothing_of_it(directory: 
     assert reader.read(3, 0) is None
     assert os.listdir(directory) == ["api-server-3.held"]
     assert os.path.getsize(held_path(directory, 3)) == 2 * ENTRY_BYTES
+    reader.close()
 
 
 def test_a_killed_process_holds_nothing_from_the_instant_that_its_end_is_seen(directory: str):
@@ -79,6 +80,7 @@ def test_a_killed_process_holds_nothing_from_the_instant_that_its_end_is_seen(di
             os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOWAIT)
             assert reader.read(3, 0) is None
             os.close(descriptor)
+    reader.close()
 
 
 @given(written=st.integers(0, ENTRY_BYTES))
@@ -112,4 +114,8 @@ def test_a_file_of_another_size_says_nothing(directory: str, size: int):
     assert reader.read(3, 1) == HELD
     os.truncate(held_path(directory, 3), size)
     assert reader.read(3, 1) is None
-    assert reader_in(directory).read(3, 1) is None
+    reader.close()
+    reader = reader_in(directory)
+    assert reader.read(3, 1) is None
+    reader.close()
+    writer.close()

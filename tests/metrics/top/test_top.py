@@ -83,9 +83,10 @@ def window(before: float | None, after: float, seconds: float = 2.0) -> Window:
 
 
 def text(figures: Figures, **more: Any) -> str:
-    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    written = io.StringIO()
+    console = Console(width=100, file=written, force_terminal=False)
     console.print(render(figures, "http://here", **more))
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return written.getvalue()
 
 
 def test_an_engine_has_the_rates_and_means_of_the_window():

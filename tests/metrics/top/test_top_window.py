@@ -35,6 +35,7 @@ def test_a_quantile_is_estimated_in_the_bucket_where_the_observation_of_that_ran
     wanted = sorted(observations)[rank - 1]
     place = bisect.bisect_left(bounds, wanted)
     estimate = quantile(q, cumulative(observations, bounds))
+    assert estimate is not None
     if place == len(bounds):
         assert estimate == bounds[-1], "above the greatest bound nothing is known"
     else:
@@ -45,6 +46,8 @@ def test_a_quantile_is_estimated_in_the_bucket_where_the_observation_of_that_ran
 def test_a_greater_quantile_is_no_smaller(observations, bounds, first, second):
     buckets = cumulative(observations, bounds)
     low, high = (quantile(q, buckets) for q in sorted((first, second)))
+    assert low is not None
+    assert high is not None
     assert low <= high * (1 + 1e-12)
 
 
