@@ -3,6 +3,7 @@
 Public: the OpenAI API, and what speaks of the whole deployment:
 
     /metrics   /metrics/engine/K   /metrics/processes   whole; an engine alone; processes that have no port of their own
+    /metrics/engines                                    whole, also where --metrics-view makes the engines one there
     /metrics/pool                                       the engines as one, for load-aware routers
     /prometheus/targets                                 what to scrape in place of /metrics
     /health  /ping  /version  /load  /deployment
@@ -84,6 +85,7 @@ def public_app(state: State) -> web.Application:
     routes.add_to(app)
     app.router.add_get("/metrics", routes.metrics)
     app.router.add_get("/metrics/engine/{engine}", routes.engine_metrics)
+    app.router.add_get("/metrics/engines", routes.engines_metrics)
     app.router.add_get("/metrics/pool", routes.pool_metrics)
     app.router.add_get(PROCESSES_PATH, routes.process_metrics)
     app.router.add_get("/prometheus/targets", routes.targets)
@@ -145,6 +147,13 @@ class StatusRoutes:
         with _bulkhead(serving):
             asked = _asked(request)
             return _exposition(await serving.scrape.whole(asked), asked)
+
+    async def engines_metrics(self, request: web.Request) -> web.Response:
+        """The whole deployment's with each engine's own queue and cache, whatever --metrics-view is."""
+        serving = self._state.ready()
+        with _bulkhead(serving):
+            asked = _asked(request)
+            return _exposition(await serving.scrape.engines(asked), asked)
 
     async def engine_metrics(self, request: web.Request) -> web.Response:
         """One engine's series alone."""

@@ -84,16 +84,7 @@ class Serving:
             num_api_servers=config.num_api_servers,
             on_load=self.clients.on_load,
         )
-        self.scrape = Scrape(
-            config.directory,
-            identity,
-            layouts,
-            facts,
-            self.exporter,
-            lambda: view.table,
-            log_stats=config.stats.log_stats,
-            clock=boottime,
-        )
+        self.scrape = self._scrape(config, facts, identity, layouts)
         self.openai = self._service(config, facts, tokenizer)
         self._process = ProcessMetrics(self._store.tally)
         self._housekeeping = asyncio.create_task(self._keep_house())
@@ -107,6 +98,22 @@ class Serving:
     def pool_figures(self) -> Figures | None:
         """Of the engines heard; the same in every API server."""
         return self.pool.figures(self.exporter.heard())
+
+    def _scrape(self, config: ServerConfig, facts: Facts, identity: Identity, layouts: Layouts) -> Scrape:
+        return Scrape(
+            config.directory,
+            identity,
+            layouts,
+            facts,
+            self.exporter,
+            lambda: self._view.table,
+            log_stats=config.stats.log_stats,
+            clock=boottime,
+            pool=self._pool_samples if config.stats.metrics_view == "pool" else None,
+        )
+
+    def _pool_samples(self) -> list[tuple[str, dict[str, str], float]]:
+        return self.pool.samples(self.pool_figures())
 
     def load_report(self, asked: str) -> str | None:
         """The pool's figures for the answer to a request; None where there are none or no such format."""

@@ -90,6 +90,26 @@ def test_readers_find_the_same_whole_whichever_api_server_answers(tiny_model: Pa
     assert (head.status, nothing) == (200, b"")
 
 
+def test_a_router_with_a_fixed_path_reads_the_whole_deployment_whether_it_keeps_the_first_or_the_last_sample(
+    tiny_model: Path,
+):
+    with served(tiny_model, "-dp", "2", "--metrics-view", "pool") as deployment:
+        run(deployment, asks(8, prompt_tokens=(20, 60), max_tokens=8, vocab=250), at_a_time=8)
+        deployment.idle_metrics()
+        lines = deployment.get("/metrics").splitlines()
+        cache = parse(deployment.get("/metrics/pool"))
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
+        samples = [line for line in lines if line.startswith(f"{name}{{")]
+        assert len(samples) == 1, samples
+        assert float(samples[0].rpartition(" ")[2]) == total(cache, name)
+    assert {
+        dict(labels)["engine"] for name, labels in parse("\n".join(lines)) if name == "vllm:generation_tokens_total"
+    } == {
+        "0",
+        "1",
+    }
+
+
 def test_an_answer_reports_the_pools_load_where_the_request_asks_for_it(tiny_model: Path):
     with served(tiny_model) as deployment:
         deployment.idle_metrics()  # by then every engine was heard

@@ -94,10 +94,8 @@ def oracle(
             given_values = list(labels.values())
             shown = cells[series.offset : series.offset + series.num_cells].tolist()
             family._labelnames = tuple(names)
-            if series.bounds is None:
-                family.add_metric(given_values, shown[0])
-            elif metric.kind is Kind.SUMMARY:
-                family.add_metric(given_values, *shown)
+            if not series.bounds:
+                family.add_metric(given_values, *shown)  # a value; of a summary, count and sum
             else:
                 counts: list[Any] = []
                 total = 0.0
