@@ -9,15 +9,14 @@ Public: the OpenAI API, and what speaks of the whole deployment:
     /health  /ping  /version  /load  /deployment
 
 Admin: what speaks of this process (`/metrics`: with the engines that it exports, `/metrics/own`: without).
-Neither knows sockets; `frontend.server` binds them.
+Each path is one `Route`. Neither knows sockets; `frontend.server` binds them.
 """
 
 from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -25,47 +24,36 @@ from typing import Any, Final
 from aiohttp import web
 
 from engine.wire import Deployment, ServerConfig
-from frontend import tracing
-from frontend.api import add_routes
-from frontend.counters import HTTPAnswer
+from frontend import api
+from frontend.counters import UNROUTED, HTTPAnswer
 from frontend.deployment_view import DeploymentView
-from frontend.errors import EngineUnavailable, NotFound, Unauthorized, error_middleware
+from frontend.errors import ApiError, EngineUnavailable, NotFound, Unauthorized, error_middleware
+from frontend.routes import Handler, Route, mount, route_of, status_route
 from frontend.scrape import OWN_PATH, PROCESSES_PATH, ScrapeRequest, scrape_request, targets
-from frontend.serving import Serving
+from frontend.services import Services
 from metrics.catalogue import API_SERVER
 
 MAX_BODY_BYTES: Final = 4 * 2**20
 CLIENT_GONE: Final = 499  # no answer was seen; counted as 4xx
-STATUS_ROUTES: Final = (  # not in HTTP metrics
-    "/metrics",
-    "/health",
-    "/ping",
-    "/load",
-    "/version",
-    "/deployment",
-    "/prometheus/",
-)
 ORCA_REQUEST_HEADER: Final = "endpoint-load-metrics-format"
 ORCA_RESPONSE_HEADER: Final = "endpoint-load-metrics"
-ORCA_ROUTES: Final = ("/v1/completions", "/v1/chat/completions")
-TEMPLATES: Final = {"/v1/models/{name}": "/v1/models"}  # routes that share a label
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Scraped = Callable[[Services, ScrapeRequest, web.Request], bytes | Awaitable[bytes]]
 
 
 @dataclass(slots=True)
 class State:
-    """What the routes see. `serving` is None until the facts are known."""
+    """What the routes see. `services` is None until the facts are known."""
 
     config: ServerConfig
     view: DeploymentView
-    serving: Serving | None = None
+    services: Services | None = None
 
-    def ready(self) -> Serving:
+    def ready(self) -> Services:
         """Raises EngineUnavailable while there is nothing to serve with."""
-        if self.serving is None:
+        if self.services is None:
             raise EngineUnavailable("the engine is starting, try again", code="starting")
-        return self.serving
+        return self.services
 
     def table(self) -> Deployment:
         """Raises EngineUnavailable before the supervisor's first word."""
@@ -77,18 +65,8 @@ class State:
 def public_app(state: State) -> web.Application:
     """What clients and scrapers of the deployment use."""
     middlewares = [_http_metrics(state), error_middleware, _authentication(state.config.http.api_keys)]
-    if state.config.stats.is_traced:
-        middlewares.append(tracing.middleware)
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
-    add_routes(app, lambda: state.ready().openai)
-    routes = StatusRoutes(state)
-    routes.add_to(app)
-    app.router.add_get("/metrics", routes.metrics)
-    app.router.add_get("/metrics/engine/{engine}", routes.engine_metrics)
-    app.router.add_get("/metrics/engines", routes.engines_metrics)
-    app.router.add_get("/metrics/pool", routes.pool_metrics)
-    app.router.add_get(PROCESSES_PATH, routes.process_metrics)
-    app.router.add_get("/prometheus/targets", routes.targets)
+    mount(app, [*api.routes(lambda: state.ready().openai), *StatusRoutes(state).public()])
     app.on_response_prepare.append(_load_report(state))
     return app
 
@@ -96,10 +74,7 @@ def public_app(state: State) -> web.Application:
 def admin_app(state: State) -> web.Application:
     """What speaks of this process."""
     app = web.Application(middlewares=[error_middleware])
-    routes = StatusRoutes(state)
-    routes.add_to(app)
-    app.router.add_get("/metrics", routes.admin_metrics)
-    app.router.add_get(OWN_PATH, routes.own_metrics)
+    mount(app, StatusRoutes(state).admin())
     return app
 
 
@@ -109,13 +84,42 @@ class StatusRoutes:
     def __init__(self, state: State) -> None:
         self._state = state
 
-    def add_to(self, app: web.Application) -> None:
-        """The routes that both applications have."""
-        app.router.add_get("/health", self.health)
-        app.router.add_route("*", "/ping", self.health)
-        app.router.add_get("/version", self.version)
-        app.router.add_get("/deployment", self.deployment)
-        app.router.add_get("/load", self.load)
+    def public(self) -> list[Route]:
+        """Those that speak of the deployment."""
+        scraped = self._scraped
+        whole = scraped(lambda services, asked, _: services.scrape.whole(asked))
+        engine = scraped(lambda services, asked, http: services.scrape.engine(self._engine(http), asked))
+        pool = scraped(lambda services, asked, _: asked.body(services.pool_exposition(asked.form)))
+        return [
+            *self._common(),
+            status_route("/metrics", whole),
+            status_route("/metrics/", whole),
+            status_route("/metrics/engines", scraped(lambda services, asked, _: services.scrape.engines(asked))),
+            status_route("/metrics/engine/{engine}", engine),
+            status_route("/metrics/pool", pool),
+            status_route(PROCESSES_PATH, scraped(lambda services, asked, _: services.scrape.processes(asked))),
+            status_route("/prometheus/targets", self.targets),
+        ]
+
+    def admin(self) -> list[Route]:
+        """Those that speak of this process."""
+        exported = self._scraped(lambda services, asked, _: services.scrape.admin(asked))
+        own = self._scraped(lambda services, asked, _: services.scrape.own(asked))
+        return [
+            *self._common(),
+            status_route("/metrics", exported),
+            status_route("/metrics/", exported),
+            status_route(OWN_PATH, own),
+        ]
+
+    def _common(self) -> list[Route]:
+        return [
+            status_route("/health", self.health),
+            status_route("/ping", self.health, "*"),
+            status_route("/version", self.version),
+            status_route("/deployment", self.deployment),
+            status_route("/load", self.load),
+        ]
 
     async def health(self, request: web.Request) -> web.Response:
         """200 while a request would find an engine."""
@@ -141,54 +145,23 @@ class StatusRoutes:
         """Sequences that the whole deployment's API servers wait for; the same from any of them."""
         return web.json_response({"server_load": int(self._state.ready().scrape.in_flight().num_sequences)})
 
-    async def metrics(self, request: web.Request) -> web.Response:
-        """The whole deployment's."""
-        serving = self._state.ready()
-        with _bulkhead(serving):
-            asked = _asked(request)
-            return _exposition(await serving.scrape.whole(asked), asked)
+    def _scraped(self, body: Scraped) -> Handler:
+        """Answers with series. What fails in making them is counted, and costs that one answer: `error_middleware`
+        says and logs so."""
 
-    async def engines_metrics(self, request: web.Request) -> web.Response:
-        """The whole deployment's with each engine's own queue and cache, whatever --metrics-view is."""
-        serving = self._state.ready()
-        with _bulkhead(serving):
+        async def answer(request: web.Request) -> web.Response:
+            services = self._state.ready()
             asked = _asked(request)
-            return _exposition(await serving.scrape.engines(asked), asked)
+            try:
+                made = body(services, asked, request)
+                return web.Response(body=made if isinstance(made, bytes) else await made, headers=asked.headers)
+            except ApiError:
+                raise
+            except Exception:
+                services.record.fault("scrape")
+                raise
 
-    async def engine_metrics(self, request: web.Request) -> web.Response:
-        """One engine's series alone."""
-        serving, engine = self._state.ready(), self._engine(request)
-        with _bulkhead(serving):
-            asked = _asked(request)
-            return _exposition(await serving.scrape.engine(engine, asked), asked)
-
-    async def pool_metrics(self, request: web.Request) -> web.Response:
-        """The engines as one, for routers."""
-        serving = self._state.ready()
-        with _bulkhead(serving):
-            asked = _asked(request)
-            return _exposition(asked.body(serving.pool.exposition(serving.pool_figures(), asked.form)), asked)
-
-    async def process_metrics(self, request: web.Request) -> web.Response:
-        """The process series of engines and the supervisor."""
-        serving = self._state.ready()
-        with _bulkhead(serving):
-            asked = _asked(request)
-            return _exposition(serving.scrape.processes(asked), asked)
-
-    async def admin_metrics(self, request: web.Request) -> web.Response:
-        """This process's, and those of the engines that it exports."""
-        serving = self._state.ready()
-        with _bulkhead(serving):
-            asked = _asked(request)
-            return _exposition(serving.scrape.admin(asked), asked)
-
-    async def own_metrics(self, request: web.Request) -> web.Response:
-        """This process's alone."""
-        serving = self._state.ready()
-        with _bulkhead(serving):
-            asked = _asked(request)
-            return _exposition(serving.scrape.own(asked), asked)
+        return answer
 
     async def targets(self, request: web.Request) -> web.Response:
         """What Prometheus is to scrape in place of the public port's /metrics."""
@@ -208,23 +181,9 @@ class StatusRoutes:
         return entry | {"admin_url": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"}
 
     def _exporters(self) -> list[dict[str, Any]]:
-        views = [] if self._state.serving is None else self._state.serving.exporter.engines
+        views = [] if self._state.services is None else self._state.services.exporter.engines
         grants = [None if view.grant is None else asdict(view.grant) for view in views]
         return [{"engine": engine, "grant": grant} for engine, grant in enumerate(grants)]
-
-
-@contextmanager
-def _bulkhead(serving: Serving) -> Iterator[None]:
-    """A scrape that fails is counted, and costs that one answer: `error_middleware` says and logs so."""
-    try:
-        yield
-    except Exception:
-        serving.record.fault("scrape")
-        raise
-
-
-def _exposition(body: bytes, asked: ScrapeRequest) -> web.Response:
-    return web.Response(body=body, headers=asked.headers)
 
 
 def _asked(request: web.Request) -> ScrapeRequest:
@@ -238,10 +197,10 @@ def _load_report(state: State) -> Any:
 
     async def add(request: web.Request, response: web.StreamResponse) -> None:
         asked = request.headers.get(ORCA_REQUEST_HEADER)
-        serving = state.serving
-        if asked is None or serving is None or response.status != 200 or request.path not in ORCA_ROUTES:
+        route, services = route_of(request), state.services
+        if asked is None or route is None or not route.reports_load or services is None or response.status != 200:
             return
-        report = serving.load_report(asked)
+        report = services.load_report(asked)
         if report is not None:
             response.headers[ORCA_RESPONSE_HEADER] = report
 
@@ -256,12 +215,14 @@ def _version() -> str:
 
 
 def _authentication(api_keys: tuple[str, ...]) -> Any:
-    """Guards /v1 where there are keys; health and metrics stay open."""
+    """Guards the routes that need a key, where there are keys, and says nothing of what is not there below /v1."""
     keys = [key.encode() for key in api_keys]
 
     @web.middleware
     async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if keys and request.path.startswith("/v1") and not _is_authorized(request, keys):
+        route = route_of(request)
+        needs_key = request.path.startswith("/v1") if route is None else route.needs_key
+        if keys and needs_key and not _is_authorized(request, keys):
             raise Unauthorized("no API key, or a wrong one, in the Authorization header", code="invalid_api_key")
         return await handler(request)
 
@@ -277,12 +238,13 @@ def _is_authorized(request: web.Request, keys: list[bytes]) -> bool:
 
 
 def _http_metrics(state: State) -> Any:
-    """Counts every answer but those about status, by route template. Outermost: it sees what the client sees."""
+    """Counts every answer but those about status, by its route's label. Outermost: it sees what the client sees."""
 
     @web.middleware
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
-        template = _template(request)
-        if template.startswith(STATUS_ROUTES):
+        route = route_of(request)
+        label = UNROUTED if route is None else route.label
+        if label is None:
             return await handler(request)
         started_at = time.monotonic()
         status, num_bytes = CLIENT_GONE, None
@@ -290,26 +252,20 @@ def _http_metrics(state: State) -> Any:
             response = await handler(request)
             status, num_bytes = response.status, response.content_length
         finally:
-            serving = state.serving
-            if serving is not None:
+            services = state.services
+            if services is not None:
                 answer = HTTPAnswer(
                     method=request.method,
-                    handler=template,
+                    handler=label,
                     status=status,
                     seconds=time.monotonic() - started_at,
                     num_request_bytes=request.content_length or 0,
                     num_response_bytes=num_bytes or 0,
                 )
-                serving.record.answered(answer)
-                serving.group.soon()
-        if serving is not None and not response.prepared:
-            await serving.group.committed()  # P4: counted before it is seen
+                services.record.answered(answer)
+                services.group.soon()
+        if services is not None and not response.prepared:
+            await services.group.committed()  # P4: counted before it is seen
         return response
 
     return observe
-
-
-def _template(request: web.Request) -> str:
-    resource = request.match_info.route.resource
-    template = "other" if resource is None else resource.canonical
-    return TEMPLATES.get(template, template)

@@ -55,13 +55,6 @@ class NotFound(ApiError):
     type = "invalid_request_error"
 
 
-class PayloadTooLarge(ApiError):
-    """The body is longer than the server reads."""
-
-    status = 413
-    type = "invalid_request_error"
-
-
 class TooManyRequests(ApiError):
     """Refused at the door: the engine takes no more messages."""
 
@@ -115,7 +108,7 @@ def _from_http(error: web.HTTPException, request: web.Request) -> web.Response:
 
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The outermost middleware: whatever is raised becomes an answer in the one shape."""
+    """Makes whatever is raised inside an answer in the one shape."""
     try:
         return await handler(request)
     except ApiError as error:

@@ -35,7 +35,7 @@ from engine.wire import (
 )
 from frontend.app import State, admin_app, public_app
 from frontend.deployment_view import DeploymentView
-from frontend.serving import Serving
+from frontend.services import Services
 from frontend.text import Tokenizer, TokenizerError, load_tokenizer
 from metrics.files import StoreError
 
@@ -111,7 +111,7 @@ class Server:
         await self._stopping.wait()
 
     def _begin(self, facts: Facts, tokenizer: Tokenizer) -> None:
-        self._state.serving = Serving(self._config, facts, self._context, self._view, tokenizer)
+        self._state.services = Services(self._config, facts, self._context, self._view, tokenizer)
 
     async def _next_table(self, is_wanted: Callable[[Deployment], bool]) -> Deployment:
         """The first table that is wanted."""
@@ -139,12 +139,12 @@ class Server:
     async def _end(self, public: web.AppRunner, admin: web.AppRunner) -> None:
         """Rights first, so that another exports at once; then the requests; then everything else."""
         log.info("event=stopping drain_timeout_s=%s", self._config.patience.drain_timeout_s)
-        serving = self._state.serving
-        if serving is not None:
-            serving.exporter.resign()
+        services = self._state.services
+        if services is not None:
+            services.exporter.resign()
         await public.cleanup()
-        if serving is not None:
-            await serving.close()
+        if services is not None:
+            await services.close()
         await admin.cleanup()
         self._view.close()
         self._context.destroy(linger=0)
@@ -153,8 +153,8 @@ class Server:
     async def _report_alive(self) -> None:
         while True:
             self._progress += 1  # the event loop turns: that is an API server's progress
-            serving = self._state.serving
-            self._lifeline.report(Alive(progress=self._progress, is_busy=serving is not None and serving.is_busy))
+            services = self._state.services
+            self._lifeline.report(Alive(progress=self._progress, is_busy=services is not None and services.is_busy))
             await asyncio.sleep(ALIVE_S)
 
     def _on_lifeline(self) -> None:

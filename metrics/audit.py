@@ -91,7 +91,10 @@ def _scrape(url: str) -> Samples:
             samples = parse_samples(answer.read().decode())
     except (OSError, ValueError) as error:  # URLError is an OSError
         raise AuditError(f"no metrics at {url}: {error}") from error
-    if not any(name in COUNTERS for name, _ in samples):
+    names = {name for name, _ in samples}
+    if names.isdisjoint(COUNTERS) and "wholebatch:exporter_up" in names:
+        raise AuditError(f"nothing to audit at {url}: it runs with --disable-log-stats and exports no counters")
+    if names.isdisjoint(COUNTERS):
         raise AuditError(f"no series of a wholebatch deployment at {url}")
     return samples
 

@@ -156,6 +156,13 @@ LAWS: Final = (
         is_exact=False,
     ),
     Law(
+        name="prompt_tokens",
+        sentence="tokens found in a prefix cache were found in one of its tiers",
+        smaller=(Total("vllm:prompt_tokens_cached_by_source_total"),),
+        greater=(Total("vllm:prefix_cache_hits_total"), Total("vllm:external_prefix_cache_hits_total")),
+        is_mutual=True,
+    ),
+    Law(
         name="sequences",
         sentence="accepted sequences have finished, run or wait",
         smaller=(Total("wholebatch:sequences_finished_total"),),

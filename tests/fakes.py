@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ from typing import Generic, TypeVar
 from engine import wire
 from engine.schedule.batch import Batch, SampledToken, ScheduledSequence
 from engine.wire import Finish, SamplingParams, Start, Submit, TokenLogprobs
-from frontend.counters.group_commit import GroupCommit, Party
+from frontend.context import RequestContext
+from frontend.counters.group_commit import GroupCommit
+from frontend.engines import Asked
+from metrics.bulkhead import Bulkhead
 
 T = TypeVar("T")
 
@@ -138,6 +142,26 @@ class FakeDelta:
     start: Start | None = None
 
 
+def fake_asked(
+    *, num_prompt_tokens: int = 1, sampling: SamplingParams | None = None, n: int = 1, arrived_at: float = 0.0
+) -> Asked:
+    """What a client asked for, its context made up."""
+    context = RequestContext(
+        operation="text_completion", model="a-model", response_id="cmpl-1", arrived_at=arrived_at, trace_headers={}
+    )
+    return Asked(
+        context=context,
+        num_prompt_tokens=num_prompt_tokens,
+        sampling=sampling or SamplingParams(max_tokens=100),
+        n=n,
+    )
+
+
+def fake_group(commit: Callable[[], None]) -> GroupCommit:
+    """A group commit whose faults nobody counts."""
+    return GroupCommit(commit, Bulkhead(lambda where: None, logging.getLogger(__name__)))
+
+
 def fake_start(*, num_cached_tokens: int = 0) -> Start:
     """An engine's first word on a sequence, times left out."""
     return Start(0.0, 0.0, num_cached_tokens, 0)
@@ -158,7 +182,6 @@ class FakeGeneration:
     def __init__(self, script: Sequence[Sequence[FakeDelta] | Exception | None], log: list[str] | None = None) -> None:
         self.script = list(script)  # what is still to come
         self._has_news = False
-        self._group = GroupCommit(lambda: self.log.append("commit"), lambda error: None)
         self.log: list[str] = [] if log is None else log
         self.counts: Counter[str] = Counter()
         self.is_finished = False
@@ -187,9 +210,6 @@ class FakeGeneration:
         self._has_news = True
         self._on_news()
 
-    def join(self, party: Party) -> None:
-        self._group.join(party)
-
     def stop(self, index: int) -> None:
         self.log.append(f"stop {index}")
 
@@ -205,9 +225,6 @@ class FakeGeneration:
         assert not self.closed.is_set(), "finished after it was closed"
         self.is_finished = True
         self.log.append("finish")
-
-    async def committed(self) -> None:
-        await self._group.committed()
 
     def close(self) -> None:
         if not self.closed.is_set():
@@ -235,18 +252,19 @@ class FakeClients:
     def __init__(self, *scripts: Script | Exception) -> None:
         self.scripts = list(scripts)
         self.log: list[str] = []
+        self.group = fake_group(lambda: self.log.append("commit"))
         self.asks: list[FakeAsk] = []
         self.has_taken_all = asyncio.Event()
 
-    async def submit(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, *, n: int, priority: int, arrived_at: float
-    ) -> FakeGeneration:
-        wire.decode_from_api_server(wire.encode(Submit(0, 1, prompt_token_ids, sampling, priority)))  # or it raises
+    def submit(self, prompt_token_ids: list[int], asked: Asked) -> FakeGeneration:
+        wire.decode_from_api_server(
+            wire.encode(Submit(0, 1, prompt_token_ids, asked.sampling, asked.priority))
+        )  # or it raises
         script = self.scripts.pop(0)
         if not self.scripts:
             self.has_taken_all.set()
         if isinstance(script, Exception):
             raise script
         generation = FakeGeneration(script, self.log)
-        self.asks.append(FakeAsk(prompt_token_ids, sampling, n, priority, generation))
+        self.asks.append(FakeAsk(prompt_token_ids, asked.sampling, asked.n, asked.priority, generation))
         return generation

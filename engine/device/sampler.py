@@ -11,8 +11,8 @@ seed get one from the engine's seed and their id.
 Candidates are cut by a threshold on logits, so tokens that tie at the cut stay together.
 
 P10: what breaks in one sequence's sampling (logits that are not finite, parameters that exclude every token, a bug that
-its parameters meet) is that sequence's fault, and the others of the batch get their tokens. What breaks the forward
-pass before it, or every later one, ends the engine.
+its parameters meet) is that sequence's fault, and the others of the batch get their tokens. What the forward pass or
+the head raises ends the engine.
 """
 
 from __future__ import annotations
@@ -48,15 +48,9 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, hidden: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
-        """One token for each row of `hidden` (num_sequences, hidden), or the fault of that row's sequence."""
-        try:
-            return self._sample(hidden, sequences)
-        except Exception as error:  # noqa: BLE001 - the bulkhead between sequences
-            if len(sequences) == 1:
-                return [SampledToken(-1, None, f"sampling failed: {type(error).__name__}: {error!s:.200}")]
-            return [self.sample(hidden[row : row + 1], [sequence])[0] for row, sequence in enumerate(sequences)]
+        """One token for each row of `hidden` (num_sequences, hidden), or the fault of that row's sequence.
 
-    def _sample(self, hidden: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
+        Raises what the head raises: it is a part of the model, and its fault is the whole batch's."""
         greedy: list[int] = []
         other: list[int] = []
         for row, sequence in enumerate(sequences):
@@ -66,12 +60,29 @@ class Sampler:
             best = self._head.best(_pick(hidden, greedy))
             sampled.update(zip(greedy, [SampledToken(token, None) for token in best.tolist()], strict=True))
         if other:
-            logits = self._head.logits(_pick(hidden, other))
-            sampled.update(zip(other, self._sample_logits(logits, [sequences[row] for row in other]), strict=True))
-        if not hidden.sum().isfinite():  # it is finite only if all is, and a head may make numbers of what is none
-            for row in (~hidden.sum(-1).isfinite()).nonzero().flatten().tolist():
+            found = self._sample_apart(_pick(hidden, other), [sequences[row] for row in other])
+            sampled.update(zip(other, found, strict=True))
+        # A head may make numbers of what is none. The sum is finite only if all is, and float16's own would overflow.
+        if not hidden.sum(dtype=torch.float32).isfinite():
+            for row in (~hidden.isfinite().all(-1)).nonzero().flatten().tolist():
                 sampled[row] = _NOTHING_TO_SAMPLE
         return [sampled[row] for row in range(len(sequences))]
+
+    def _sample_apart(self, hidden: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
+        """The bulkhead between sequences: where one of them breaks the batch's sampling, each is sampled alone."""
+        logits = self._head.logits(hidden)
+        try:
+            return self._sample_logits(logits, sequences)
+        except Exception:  # noqa: BLE001 - whose fault it is shows when each is sampled alone
+            # They were changed in place. Computed for the whole batch again, they are the same to the last bit.
+            logits = self._head.logits(hidden)
+        return [self._sample_alone(logits[row : row + 1], sequence) for row, sequence in enumerate(sequences)]
+
+    def _sample_alone(self, logits: torch.Tensor, sequence: ScheduledSequence) -> SampledToken:
+        try:
+            return self._sample_logits(logits, [sequence])[0]
+        except Exception as error:  # noqa: BLE001 - this sequence's fault, which is counted and logged
+            return SampledToken(-1, None, f"sampling failed: {type(error).__name__}: {error!s:.200}")
 
     def _sample_logits(self, logits: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
         """One token for each row of `logits` (num_sequences, vocab), float32. The logits are changed in place."""
@@ -105,7 +116,8 @@ class Sampler:
             row.index_add_(0, torch.tensor(tokens, device=row.device), row.new_tensor(biases))
         if len(sequence.token_ids) - num_prompt < sampling.min_tokens:
             ends = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_token_ids)]
-            row[torch.tensor(ends, dtype=torch.int64, device=row.device)] = -torch.inf
+            places = torch.tensor(ends, dtype=torch.int64, device=row.device)
+            row[places] = row[places].masked_fill(row[places].isfinite(), -torch.inf)  # a NaN stays, for it is a fault
         if sampling.repetition_penalty != 1.0:
             seen = torch.unique(torch.tensor(sequence.token_ids, device=row.device))
             values = row[seen]

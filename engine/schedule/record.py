@@ -56,6 +56,7 @@ class Recorder:
         "_accepted",
         "_by_source",
         "_counters",
+        "_device_hits",
         "_durations",
         "_faults",
         "_finished",
@@ -82,6 +83,7 @@ class Recorder:
             cell("vllm:prompt_tokens_by_source_total", source="local_compute"),
             cell("vllm:prompt_tokens_by_source_total", source="local_cache_hit"),
         )
+        self._device_hits = cell("vllm:prompt_tokens_cached_by_source_total", source="device")
         self._iterations = {p: cell("wholebatch:iterations_total", phase=p) for p in PHASES}
         self._durations = {p: histogram("wholebatch:iteration_duration_seconds", phase=p) for p in PHASES}
         self._stages = [cell("wholebatch:iteration_stage_seconds_total", stage=s) for s in STAGES]
@@ -123,6 +125,8 @@ class Recorder:
             computed, found = self._by_source
             tally.inc(computed, counts.num_completed_prompt_tokens - counts.num_completed_cached_tokens)
             tally.inc(found, counts.num_completed_cached_tokens)
+        if counts.num_cache_hits:
+            tally.inc(self._device_hits, counts.num_cache_hits)
         tally.inc(self._iterations[phase])
         tally.observe(self._durations[phase], duration_s)
 

@@ -5,7 +5,7 @@ case. A class declares its fields once, with their bounds (`Annotated[int, Meta(
 them by that declaration: whatever `encode` would not write raises `WireError`.
 
 The types are plain: frozen dataclasses, and NamedTuples for what comes with every token, which MessagePack writes as
-arrays. Measured: 256 outputs of one token are decoded in 0.12 ms, with checks written out by hand in 0.32 ms.
+arrays. Measured: 256 outputs of one token are decoded in 77 µs, with checks written out by hand in 151 µs.
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ for each piece (P4): take it, count it, commit, write it.
 
 from __future__ import annotations
 
-from frontend.api.openai import Clients, OpenAIService, add_routes
+from frontend.api.openai import OpenAIService, routes
 
 __all__ = [
-    "Clients",
     "OpenAIService",
-    "add_routes",
+    "routes",
 ]

@@ -2,7 +2,7 @@
 
 A piece is what one turn adds to one choice; tokens whose text is still held back (half a character, the beginning of a
 stop string) wait and come with the next piece. P4: whoever writes pieces first calls `deliver`, has that committed
-(`join`), then writes; and calls `close` in a finally. `frontend.api.delivery` does.
+(`frontend.counters.group_commit`), then writes; and calls `close` in a finally. `frontend.api.delivery` does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.wire import Finish, Start, TokenLogprobs
-from frontend.counters import Party
 from frontend.errors import GenerationFailed
 from frontend.text import SequenceText
 
@@ -51,10 +50,6 @@ class Generation(Protocol):
     def undelivered(self, num_tokens: int, reason: str) -> None: ...
 
     def finish(self) -> None: ...
-
-    def join(self, party: Party) -> None: ...
-
-    async def committed(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -229,14 +224,6 @@ class Answer:
                 self._num_undelivered[prompt] -= 1
                 if not self._num_undelivered[prompt]:
                     generation.finish()
-
-    def join(self, party: Party) -> None:
-        """It counts and hands over around the server's next commit."""
-        self._generations[0].join(party)
-
-    async def committed(self) -> None:
-        """Everything counted so far is durable: one commit serves the whole server."""
-        await self._generations[0].committed()
 
     def close(self) -> None:
         """Ends what still runs; idempotent."""

@@ -13,15 +13,17 @@ import asyncio
 from collections.abc import Callable
 
 from frontend.api.answer import Answer, Piece
+from frontend.counters import GroupCommit
 
 Sink = Callable[[str], bool]  # writes the words, and says whether it would take more
 
 
 class Delivery:
-    """Of one answer. `say` counts pieces and puts them into words; into none while there is nothing to write yet."""
+    """Delivers one answer. `say` counts pieces and puts them into words, none while there is nothing to write yet."""
 
-    def __init__(self, answer: Answer, say: Callable[[list[Piece]], str]) -> None:
+    def __init__(self, answer: Answer, group: GroupCommit, say: Callable[[list[Piece]], str]) -> None:
         self._answer = answer
+        self._group = group
         self._say = say
         self._sink: Sink | None = None
         self._sleeper: asyncio.Future[str] | None = None
@@ -31,8 +33,8 @@ class Delivery:
         answer.listen(self._on_news)
 
     async def next(self, sink: Sink | None = None) -> str:
-        """Committed words for the caller to write: the last ones, or, without a sink, whatever has come. None where
-        the sink is full. Raises what the answer raises."""
+        """Committed words for the caller to write: the answer's last ones, or, without a sink, whatever has come. They
+        are empty where the sink is full. Raises what the answer raises."""
         self._sink = sink
         self._sleeper = asyncio.get_running_loop().create_future()
         if self._has_news:
@@ -74,4 +76,4 @@ class Delivery:
     def _on_news(self) -> None:
         if not self._has_joined:
             self._has_joined = True
-            self._answer.join(self)
+            self._group.join(self)

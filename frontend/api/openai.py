@@ -11,13 +11,12 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
 from typing import Any, Final, Protocol
 
 from aiohttp import HttpVersion11, web
 
-from engine.wire import SamplingParams
 from frontend.api.answer import Answer, Generation, Piece
 from frontend.api.delivery import Delivery, Sink
 from frontend.api.protocol import (
@@ -29,21 +28,23 @@ from frontend.api.protocol import (
     parse_request,
 )
 from frontend.api.replies import DONE, ChatReply, CompletionReply, Reply, event, usage
+from frontend.context import TRACE_HEADERS, RequestContext
+from frontend.counters import GroupCommit
+from frontend.engines import Asked
 from frontend.errors import ApiError, BadRequest, NotFound, error_body
-from frontend.origin import ORIGIN, origin_of
+from frontend.routes import Handler, Route, route_of
 from frontend.text import ChatTemplateError, SequenceText, StopStrings, Tokenizer
-from frontend.tracing import describe
 
 LONG_TEXT: Final = 20_000  # characters; longer ones are tokenised in a thread. Measured: 0.7 µs a character
 STREAM_HEADERS: Final = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+
+Answering = Coroutine[Any, Any, web.StreamResponse]
 
 
 class Clients(Protocol):
     """The engines, seen from here; `frontend.engines.engine_client` has them."""
 
-    async def submit(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, *, n: int, priority: int, arrived_at: float
-    ) -> Generation:
+    def submit(self, prompt_token_ids: list[int], asked: Asked) -> Generation:
         """Raises EngineUnavailable, TooManyRequests."""
 
 
@@ -54,6 +55,7 @@ class OpenAIService:
         self,
         *,
         clients: Clients,
+        group: GroupCommit,
         tokenizer: Tokenizer,
         served_model_names: Sequence[str],
         max_model_len: int,
@@ -61,6 +63,7 @@ class OpenAIService:
         created_unix: int | None = None,
     ) -> None:
         self._clients = clients
+        self._group = group
         self._tokenizer = tokenizer
         self._names = tuple(served_model_names)
         self._max_model_len = max_model_len
@@ -71,25 +74,25 @@ class OpenAIService:
         """POST /v1/completions."""
         arrived_at = time.monotonic()
         request = parse_request(CompletionRequest, await http.read())
-        model = self._model(request)
+        context = self._context(http, request, "cmpl", arrived_at)
         prompts = [await self._prompt_ids(prompt, request) for prompt in request.prompt]
         echoes = [self._prompt_text(prompt, request) for prompt in request.prompt] if request.echo else []
         reply = CompletionReply(
-            **self._heading("cmpl", http, model, request),
+            **_heading(context, request),
             token_bytes=self._tokenizer.token_bytes,
             n=request.n,
             echoes=echoes,
         )
-        return await self._answer(http, request, prompts, reply, arrived_at)
+        return await self._answer(http, request, prompts, reply, context)
 
     async def chat_completions(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
         arrived_at = time.monotonic()
         request = parse_request(ChatRequest, await http.read())
-        model = self._model(request)
+        context = self._context(http, request, "chatcmpl", arrived_at)
         prompt = await self._prompt_ids(self._conversation(request), request)
-        reply = ChatReply(**self._heading("chatcmpl", http, model, request), token_bytes=self._tokenizer.token_bytes)
-        return await self._answer(http, request, [prompt], reply, arrived_at)
+        reply = ChatReply(**_heading(context, request), token_bytes=self._tokenizer.token_bytes)
+        return await self._answer(http, request, [prompt], reply, context)
 
     async def models(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/models."""
@@ -118,16 +121,15 @@ class OpenAIService:
     def _model(self, request: GenerationRequest) -> str:
         return self._names[0] if request.model is None else self._known(request.model)
 
-    def _heading(self, prefix: str, http: web.Request, model: str, request: GenerationRequest) -> dict[str, Any]:
-        response_id = f"{prefix}-{uuid.uuid4().hex}"
-        describe(model, response_id)
-        ORIGIN.set(origin_of(http.headers.get("traceparent", ""), response_id))
-        return {
-            "id": response_id,
-            "created": int(time.time()),
-            "model": model,
-            "has_usage": request.stream_options.include_usage,
-        }
+    def _context(self, http: web.Request, request: GenerationRequest, prefix: str, arrived_at: float) -> RequestContext:
+        route = route_of(http)
+        return RequestContext(
+            operation="" if route is None else route.operation,
+            model=self._model(request),
+            response_id=f"{prefix}-{uuid.uuid4().hex}",
+            arrived_at=arrived_at,
+            trace_headers={name: http.headers[name] for name in TRACE_HEADERS if name in http.headers},
+        )
 
     def _conversation(self, request: ChatRequest) -> str:
         template = self._tokenizer.chat_template
@@ -177,7 +179,7 @@ class OpenAIService:
         request: GenerationRequest,
         prompts: list[list[int]],
         reply: Reply,
-        arrived_at: float,
+        context: RequestContext,
     ) -> web.StreamResponse:
         samplings = [
             request.sampling(
@@ -188,10 +190,14 @@ class OpenAIService:
         generations: list[Generation] = []
         try:
             for prompt, sampling in zip(prompts, samplings, strict=True):
-                generation = await self._clients.submit(
-                    prompt, sampling, n=request.n, priority=request.priority, arrived_at=arrived_at
+                asked = Asked(
+                    context=context,
+                    num_prompt_tokens=len(prompt),
+                    sampling=sampling,
+                    n=request.n,
+                    priority=request.priority,
                 )
-                generations.append(generation)
+                generations.append(self._clients.submit(prompt, asked))
             answer = Answer(
                 generations,
                 lambda: self._sequence_text(request),
@@ -200,13 +206,13 @@ class OpenAIService:
             )
             num_prompt_tokens = sum(map(len, prompts))
             if request.stream:
-                return await _stream(http, answer, reply, request, num_prompt_tokens)
-            return await _whole(answer, reply, num_prompt_tokens)
+                return await self._stream(http, answer, reply, request, num_prompt_tokens)
+            return await self._whole(answer, reply, num_prompt_tokens)
         except ApiError:
             for generation in generations:
                 generation.close()
             if generations:
-                await generations[0].committed()  # P4: the client is told only what is counted
+                await self._group.committed()  # P4: the client is told only what is counted
             raise
         finally:
             for generation in generations:
@@ -219,63 +225,61 @@ class OpenAIService:
             min_tokens=request.min_tokens,
         )
 
+    async def _whole(self, answer: Answer, reply: Reply, num_prompt_tokens: int) -> web.Response:
+        """One JSON answer, when all is there."""
+        choices: dict[int, Piece] = {}
 
-async def _whole(answer: Answer, reply: Reply, num_prompt_tokens: int) -> web.Response:
-    """One JSON answer, when all is there."""
-    choices: dict[int, Piece] = {}
-
-    def say(pieces: list[Piece]) -> str:
-        for piece in pieces:
-            if piece.choice in choices:
-                choices[piece.choice].extend(piece)
-            else:
-                choices[piece.choice] = piece
-        if not answer.is_finished:
-            return ""
-        in_order = [choices[number] for number in sorted(choices)]
-        answer.deliver(in_order)
-        counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
-        return json.dumps(reply.whole(in_order, counts))
-
-    return web.json_response(text=await Delivery(answer, say).next())
-
-
-async def _stream(
-    http: web.Request, answer: Answer, reply: Reply, request: GenerationRequest, num_prompt_tokens: int
-) -> web.StreamResponse:
-    """Server-sent events, one write a turn."""
-
-    def say(pieces: list[Piece]) -> str:
-        answer.deliver(pieces)
-        events = "".join(map(reply.events, pieces))
-        if not answer.is_delivered:
-            return events
-        if request.stream_options.include_usage:
+        def say(pieces: list[Piece]) -> str:
+            for piece in pieces:
+                if piece.choice in choices:
+                    choices[piece.choice].extend(piece)
+                else:
+                    choices[piece.choice] = piece
+            if not answer.is_finished:
+                return ""
+            in_order = [choices[number] for number in sorted(choices)]
+            answer.deliver(in_order)
             counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
-            events += reply.usage_event(counts)
-        return events + DONE
+            return json.dumps(reply.whole(in_order, counts))
 
-    response = web.StreamResponse(headers=STREAM_HEADERS)
-    delivery = Delivery(answer, say)
-    sink: Sink | None = None
-    try:
-        while True:
-            words = await delivery.next(sink)
-            writer = await response.prepare(http)
-            if answer.is_delivered:
-                break
-            await response.write(words.encode())
-            if writer is not None:
-                await writer.drain()
-            sink = _chunks(http)
-    except ApiError as error:
-        if not response.prepared:
-            raise
-        answer.close()
-        await answer.committed()
-        words = event(error_body(error))
-    await response.write_eof(words.encode())
-    return response
+        return web.json_response(text=await Delivery(answer, self._group, say).next())
+
+    async def _stream(
+        self, http: web.Request, answer: Answer, reply: Reply, request: GenerationRequest, num_prompt_tokens: int
+    ) -> web.StreamResponse:
+        """Server-sent events, one write a turn."""
+
+        def say(pieces: list[Piece]) -> str:
+            answer.deliver(pieces)
+            events = "".join(map(reply.events, pieces))
+            if not answer.is_delivered:
+                return events
+            if request.stream_options.include_usage:
+                counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
+                events += reply.usage_event(counts)
+            return events + DONE
+
+        response = web.StreamResponse(headers=STREAM_HEADERS)
+        delivery = Delivery(answer, self._group, say)
+        sink: Sink | None = None
+        try:
+            while True:
+                words = await delivery.next(sink)
+                writer = await response.prepare(http)
+                if answer.is_delivered:
+                    break
+                await response.write(words.encode())
+                if writer is not None:
+                    await writer.drain()
+                sink = _chunks(http)
+        except ApiError as error:
+            if not response.prepared:
+                raise
+            answer.close()
+            await self._group.committed()
+            words = event(error_body(error))
+        await response.write_eof(words.encode())
+        return response
 
 
 def _chunks(http: web.Request) -> Sink | None:
@@ -293,22 +297,42 @@ def _chunks(http: web.Request) -> Sink | None:
     return write
 
 
-def add_routes(app: web.Application, service: Callable[[], OpenAIService]) -> None:
+def _heading(context: RequestContext, request: GenerationRequest) -> dict[str, Any]:
+    """What every object of the answer says of itself."""
+    return {
+        "id": context.response_id,
+        "created": int(time.time()),
+        "model": context.model,
+        "has_usage": request.stream_options.include_usage,
+    }
+
+
+def routes(service: Callable[[], OpenAIService]) -> list[Route]:
     """`service` is asked at each request, and raises EngineUnavailable while no engine has said what it serves."""
 
-    async def completions(http: web.Request) -> web.StreamResponse:
-        return await service().completions(http)
+    def handler(handle: Callable[[OpenAIService, web.Request], Answering]) -> Handler:
+        async def answer(http: web.Request) -> web.StreamResponse:
+            return await handle(service(), http)
 
-    async def chat_completions(http: web.Request) -> web.StreamResponse:
-        return await service().chat_completions(http)
+        return answer
 
-    async def models(http: web.Request) -> web.StreamResponse:
-        return await service().models(http)
+    def of_model(path: str, operation: str, handle: Callable[[OpenAIService, web.Request], Answering]) -> Route:
+        return Route(
+            method="POST",
+            path=path,
+            handler=handler(handle),
+            label=path,
+            operation=operation,
+            needs_key=True,
+            reports_load=True,
+        )
 
-    async def model(http: web.Request) -> web.StreamResponse:
-        return await service().model(http)
+    def of_models(path: str, handle: Callable[[OpenAIService, web.Request], Answering]) -> Route:
+        return Route(path=path, handler=handler(handle), label="/v1/models", needs_key=True)
 
-    app.router.add_post("/v1/completions", completions)
-    app.router.add_post("/v1/chat/completions", chat_completions)
-    app.router.add_get("/v1/models", models)
-    app.router.add_get("/v1/models/{name:.+}", model)
+    return [
+        of_model("/v1/completions", "text_completion", OpenAIService.completions),
+        of_model("/v1/chat/completions", "chat", OpenAIService.chat_completions),
+        of_models("/v1/models", OpenAIService.models),
+        of_models("/v1/models/{name:.+}", OpenAIService.model),
+    ]

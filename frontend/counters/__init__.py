@@ -5,10 +5,11 @@ Street: truth. Counts go into the server's tally; nothing is handed to a client 
 
 from __future__ import annotations
 
-from frontend.counters.group_commit import GroupCommit, Party
+from frontend.counters.group_commit import GroupCommit
 from frontend.counters.request_record import (
     OBSERVED_REASONS,
     REASON_ORDER,
+    UNROUTED,
     EngineRecord,
     EngineTimes,
     FinishedRequest,
@@ -19,11 +20,11 @@ from frontend.counters.request_record import (
 __all__ = [
     "OBSERVED_REASONS",
     "REASON_ORDER",
+    "UNROUTED",
     "EngineRecord",
     "EngineTimes",
     "FinishedRequest",
     "GroupCommit",
     "HTTPAnswer",
-    "Party",
     "RequestRecord",
 ]

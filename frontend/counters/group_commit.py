@@ -3,8 +3,8 @@
 A party counts what it is about to write, the tally is committed, the party writes (P4: count, commit, hand over). With
 hundreds of streams that get a token from one iteration that is still one commit, and not one of their coroutines runs.
 
-This is a bulkhead (P8): a commit that fails is handed to `on_fault` and nobody who waits learns of it. Requests go
-on; what they counted reaches the file with the next commit that succeeds.
+A commit that fails ends in the bulkhead (P8) and nobody who waits learns of it. Requests go on; what they counted
+reaches the file with the next commit that succeeds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import Protocol
+
+from metrics.bulkhead import Bulkhead
 
 
 class Party(Protocol):
@@ -27,9 +29,9 @@ class Party(Protocol):
 class GroupCommit:
     """Runs `commit` at most once a tick; use it within one event loop."""
 
-    def __init__(self, commit: Callable[[], None], on_fault: Callable[[Exception], None]) -> None:
+    def __init__(self, commit: Callable[[], None], bulkhead: Bulkhead) -> None:
         self._commit = commit
-        self._on_fault = on_fault
+        self._bulkhead = bulkhead
         self._parties: list[Party] = []
         self._is_due = False
 
@@ -44,10 +46,8 @@ class GroupCommit:
         parties, self._parties = self._parties, []
         for party in parties:
             party.count()
-        try:
+        with self._bulkhead.around("commit"):
             self._commit()
-        except Exception as error:  # noqa: BLE001 - the bulkhead: whatever is wrong with statistics, requests go on
-            self._on_fault(error)
         for party in parties:
             party.hand_over()
 

@@ -25,7 +25,8 @@ from metrics.tally import Tally, TallyError
 
 OBSERVED_REASONS: Final = ("stop", "length", "repetition")  # histograms of finished requests observe these only
 REASON_ORDER: Final = ("error", "abort", "length", "repetition", "stop")  # of n sequences: the first present
-OTHER: Final = "other"  # any method or route that has no label of its own
+OTHER: Final = "other"  # any method that has no label of its own
+UNROUTED: Final = "none"  # any route that has none, as vLLM says it
 
 Exemplify = Callable[[Histogram, float, Origin], None]  # what a histogram has observed, of which request; never raises
 
@@ -272,7 +273,7 @@ class RequestRecord:
     def answered(self, answer: HTTPAnswer) -> None:
         """One HTTP request was answered."""
         method = answer.method if answer.method in METHODS else OTHER
-        handler = answer.handler if answer.handler in HANDLERS else OTHER
+        handler = answer.handler if answer.handler in HANDLERS else UNROUTED
         self._tally.inc(self._http[method, handler, f"{answer.status // 100}xx"])
         self._observe(self._http_seconds[method, handler], answer.seconds, 1)
         self._observe(self._http_all_seconds, answer.seconds, 1)

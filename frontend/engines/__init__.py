@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from frontend.engines.admission import Admission, InFlight, Limits
 from frontend.engines.engine_client import EngineClients, Identity
-from frontend.engines.generation import Delta, Generation
+from frontend.engines.generation import Asked, Generation, Observer
 
 __all__ = [
     "Admission",
-    "Delta",
+    "Asked",
     "EngineClients",
     "Generation",
     "Identity",
     "InFlight",
     "Limits",
+    "Observer",
 ]

@@ -23,15 +23,12 @@ import zmq
 from engine import wire
 from engine.wire import Abort, Deployment, Goodbye, Hello, Output, Outputs, SamplingParams, Submit, WireError
 from frontend.counters import EngineRecord, GroupCommit, RequestRecord
-from frontend.engines.generation import Asked, Delta, Generation, SequenceState
+from frontend.engines.generation import Asked, Generation, Observer, SequenceState
 from frontend.engines.routing import Router
-from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests
-from frontend.origin import ORIGIN
+from frontend.errors import ApiError, EngineLost, EngineUnavailable, TooManyRequests
 from frontend.sockets import Messages, SocketReader
 from metrics.bulkhead import FaultLog
 from metrics.catalogue import ENGINE
-
-__all__ = ["Delta", "EngineClients", "Generation", "SamplingParams"]
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +145,8 @@ class EngineConnection:
 
 class EngineClients:
     """All engines: chooses one for each request, follows the deployment table through their ends and starts.
-    `admit` raises ApiError where a request for n sequences may not join the queue."""
+    `admit` raises ApiError where a request for n sequences may not join the queue; `observe` gives each request its
+    observer."""
 
     def __init__(
         self,
@@ -159,7 +157,7 @@ class EngineClients:
         group: GroupCommit,
         *,
         admit: Callable[[int], None] = lambda n: None,
-        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[Asked], Observer] | None = None,
     ) -> None:
         self._context = context
         self._directory = directory
@@ -167,7 +165,8 @@ class EngineClients:
         self._record = record
         self._group = group
         self._admit = admit
-        self._clock = clock
+        self._observe = observe
+        self._clock = time.monotonic
         self._is_closed = False
         self._request_ids = itertools.count(1)
         self._connections: list[EngineConnection | None] = [None] * len(record.engines)
@@ -179,38 +178,32 @@ class EngineClients:
     def has_ready_engine(self) -> bool:
         return self.router.has_ready()
 
-    async def submit(
-        self,
-        prompt_token_ids: list[int],
-        sampling: SamplingParams,
-        *,
-        n: int,
-        priority: int,
-        arrived_at: float,
-    ) -> Generation:
+    def submit(self, prompt_token_ids: list[int], asked: Asked) -> Generation:
         """Send n sequences to the least loaded engine; sequence i of a seeded request has seed + i. The caller closes
         the generation. Raises EngineUnavailable (no engine is ready), Overloaded (a limit is reached) or
-        TooManyRequests (the engine takes no more messages).
-        `arrived_at` is on `time.monotonic`."""
+        TooManyRequests (the engine takes no more messages)."""
+        observer = None if self._observe is None else self._observe(asked)
+        try:
+            return self._submit(prompt_token_ids, asked, observer)
+        except ApiError as error:
+            if observer is not None:
+                observer.refused(error)
+            raise
+
+    def _submit(self, prompt_token_ids: list[int], asked: Asked, observer: Observer | None) -> Generation:
+        sampling, n = asked.sampling, asked.n
         engine, connection = self._choose()
         self._admit(n)
         if not connection.can_submit():
             self._record.rejected("max_num_queued_reqs")
             raise TooManyRequests("the engine's queue is full, try again", code="queue_full")
-        asked = Asked(
-            num_prompt_tokens=len(prompt_token_ids),
-            max_tokens=sampling.max_tokens,
-            n=n,
-            arrived_at=arrived_at,
-            origin=ORIGIN.get(),
-        )
         ids = [next(self._request_ids) for _ in range(n)]
-        generation = Generation(connection, connection.record, self._group, self._clock, asked, ids)
+        generation = Generation(connection, connection.record, self._group, self._clock, asked, ids, observer)
         connection.begin(generation)
         self._group.now()  # P4: what is sent has been counted. Not awaited: a client that goes now changes nothing
         for sequence in generation.sequences:
             own = sampling if n == 1 else _nth(sampling, sequence.index)
-            message = Submit(sequence.request_id, connection.incarnation, prompt_token_ids, own, priority)
+            message = Submit(sequence.request_id, connection.incarnation, prompt_token_ids, own, asked.priority)
             if not connection.submit(message):
                 generation.fail(EngineLost(f"engine {engine} takes no more requests", code="engine_lost"))
                 break

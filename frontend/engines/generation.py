@@ -4,6 +4,8 @@ Between the engine's connection, which calls `on_output` and `fail`, and whoever
 writes, and calls `delivered`, `finish` and, in the end, `close`. All of it synchronous: a token wakes no coroutine. It
 reads no socket and no clock: instants are arguments or come from the `clock` given.
 
+An `Observer` is told of its beginning and end, and of tokens that come; it can change nothing.
+
 Every token that `on_output` takes is held until it is counted as delivered or undelivered; `close` counts what is
 still held. So nothing is ever held by a request that is over (P6).
 """
@@ -14,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.wire import Finish, Output, Start, TokenLogprobs
+from engine.wire import Finish, Output, SamplingParams, Start, TokenLogprobs
+from frontend.context import RequestContext
 from frontend.counters import (
     OBSERVED_REASONS,
     REASON_ORDER,
@@ -22,10 +25,8 @@ from frontend.counters import (
     EngineTimes,
     FinishedRequest,
     GroupCommit,
-    Party,
 )
-from frontend.errors import EngineLost
-from metrics.files import Origin
+from frontend.errors import ApiError, EngineLost
 
 
 @dataclass(slots=True)
@@ -42,13 +43,29 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What the client asked for, as far as it is counted."""
+    """What the client asked for, but for the prompt's tokens. `context.arrived_at` is on the generation's clock."""
 
+    context: RequestContext
     num_prompt_tokens: int
-    max_tokens: int
-    n: int
-    arrived_at: float  # on the API server's clock
-    origin: Origin | None = None
+    sampling: SamplingParams
+    n: int = 1
+    priority: int = 0
+
+
+class Observer(Protocol):
+    """Watches one generation, or a request that was refused and never became one. No call raises (P8)."""
+
+    def refused(self, error: ApiError) -> None:
+        """No engine takes the request."""
+
+    def arrived(self, at: float) -> None:
+        """Tokens have come that the engine made at its instant `at`."""
+
+    def finished(self) -> None:
+        """The answer is about to be complete."""
+
+    def closed(self, generation: Generation) -> None:
+        """The request is over, however it ended."""
 
 
 class EngineSide(Protocol):
@@ -89,16 +106,19 @@ class Generation:
         clock: Callable[[], float],
         asked: Asked,
         request_ids: Sequence[int],
+        observer: Observer | None = None,
     ) -> None:
         self._engine = engine
         self._record = record
         self._group = group
         self._clock = clock
         self._asked = asked
+        self._observer = observer
         self.sequences = [SequenceState(index, request_id) for index, request_id in enumerate(request_ids)]
         self._pending: list[Delta] = []
         self._on_news: Callable[[], None] = _nobody
         self._num_held = 0
+        self.num_delivered = 0
         self._has_first_token = False
         self._longest_gap_s: float | None = None
         self._is_finished = False
@@ -165,6 +185,7 @@ class Generation:
     def delivered(self, num_tokens: int) -> None:
         """So many tokens are about to be written to the client, once that is committed."""
         self._settle(num_tokens)
+        self.num_delivered += num_tokens
         self._record.delivered(num_tokens)
 
     def undelivered(self, num_tokens: int, reason: str) -> None:
@@ -184,14 +205,8 @@ class Generation:
             self._record.finished(self._summary(reason))
         else:
             self._record.gave_up(reason)
-
-    def join(self, party: Party) -> None:
-        """It counts and hands over around the API server's next commit."""
-        self._group.join(party)
-
-    async def committed(self) -> None:
-        """Resolves when everything counted so far is in the tally file."""
-        await self._group.committed()
+        if self._observer is not None:
+            self._observer.finished()
 
     def close(self) -> None:
         """End what still runs, and count what is still open. Idempotent; call it however the request ends."""
@@ -207,13 +222,18 @@ class Generation:
         if not self._is_finished:
             self._record.gave_up("error" if failed else "abort")
         self._group.soon()
+        if self._observer is not None:
+            self._observer.closed(self)
 
     # --- inside ---
 
     def _observe_tokens(self, sequence: SequenceState, num_tokens: int, at: float) -> None:
         if not self._has_first_token:
             self._has_first_token = True
-            self._record.first_token(self._clock() - self._asked.arrived_at, self._asked.origin)
+            context = self._asked.context
+            self._record.first_token(self._clock() - context.arrived_at, context.origin)
+        if self._observer is not None:
+            self._observer.arrived(at)
         num_later, gap_s = num_tokens, (at - sequence.last_at) / num_tokens
         if sequence.num_tokens == 0:
             self._record.prefilling(-self._asked.num_prompt_tokens)
@@ -258,14 +278,14 @@ class Generation:
             num_prompt_tokens=self._asked.num_prompt_tokens,
             num_cached_tokens=min((start.num_cached_tokens for start in starts), default=0),
             num_tokens=[sequence.num_tokens for sequence in sequences],
-            max_tokens=self._asked.max_tokens,
+            max_tokens=self._asked.sampling.max_tokens,
             num_preemptions=sum(start.num_preemptions for start in starts),
-            e2e_s=self._clock() - self._asked.arrived_at,
+            e2e_s=self._clock() - self._asked.context.arrived_at,
             decode_s=last_at - first_at,
             longest_decode_s=longest.last_at - longest.first_at,
             engine=_engine_times(starts, first_at, last_at) if starts else None,
             longest_gap_s=self._longest_gap_s,
-            origin=self._asked.origin,
+            origin=self._asked.context.origin,
         )
 
 

@@ -1,11 +1,14 @@
 """The scrape targets of a deployment, for Prometheus' HTTP service discovery. Pure.
 
 Together they have every series of the public port's `/metrics` once, with the same labels, each under an `instance`
-that stays the same:
+that stays the same. It begins with the deployment's public address, so that a Prometheus can have many deployments:
 
-    api-server-I   /metrics/own         on its admin port: its own series, none of an engine's
-    engine-K       /metrics/engine/K    on the public port, whichever API server exports the engine at the time
-    processes      /metrics/processes   on the public port: the process series of engines and the supervisor
+    HOST:PORT/api-server-I   /metrics/own         on its admin port: its own series, none of an engine's
+    HOST:PORT/engine-K       /metrics/engine/K    on the public port, from the API server that exports the engine
+    HOST:PORT/processes      /metrics/processes   on the public port: the process series of engines and the supervisor
+
+A static target of the public port has `instance="HOST:PORT"`. Whatever stands before the slash is therefore the
+deployment for either way to scrape, which a label of its own would not be: static targets would lack it.
 
 So an engine's series keep their identity when the exporter moves, which they would not on the admin ports' `/metrics`
 (where they come with whoever exports them). Scrape either these targets or the public port, never both in one sum.
@@ -31,11 +34,12 @@ def targets(config: ServerConfig, asked_host: str) -> list[dict[str, Any]]:
     """Prometheus' list of target groups. `asked_host` is the Host header of the question."""
     public, hostname = _public(config, asked_host)
     groups = [
-        _group(f"{hostname if host in WILDCARDS else reachable(host)}:{port}", OWN_PATH, f"api-server-{index}")
+        _group(f"{hostname if host in WILDCARDS else reachable(host)}:{port}", OWN_PATH, f"{public}/api-server-{index}")
         for index, (host, port) in enumerate(config.admin_addresses)
     ]
-    groups += [_group(public, f"/metrics/engine/{engine}", f"engine-{engine}") for engine in range(config.num_engines)]
-    return [*groups, _group(public, PROCESSES_PATH, "processes")]
+    engines = range(config.num_engines)
+    groups += [_group(public, f"/metrics/engine/{engine}", f"{public}/engine-{engine}") for engine in engines]
+    return [*groups, _group(public, PROCESSES_PATH, f"{public}/processes")]
 
 
 def _group(address: str, path: str, instance: str) -> dict[str, Any]:

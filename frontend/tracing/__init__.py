@@ -6,10 +6,6 @@ imported only when a flag asks for it.
 
 from __future__ import annotations
 
-from frontend.tracing.spans import TracedClients, describe, middleware
+from frontend.tracing.spans import RequestTrace
 
-__all__ = [
-    "TracedClients",
-    "describe",
-    "middleware",
-]
+__all__ = ["RequestTrace"]

@@ -123,8 +123,8 @@ class Telemetry:
             return None
         offset_ns = time.time_ns() - time.monotonic_ns()
         span = self._tracer.start_span(
-            f"{trace.call.operation} {trace.call.model}".rstrip(),
-            context=self._context.extract(trace.call.context),
+            f"{trace.context.operation} {trace.context.model}".rstrip(),
+            context=self._context.extract(trace.context.trace_headers),
             kind=SpanKind.SERVER,
             attributes={**trace.attributes, **self._server},
             start_time=_unix_ns(trace.begin, offset_ns),

@@ -1,8 +1,8 @@
 """What each request was and where its time went, told once, at its end, to whoever exports traces.
 
-Nothing here knows OpenTelemetry: `frontend.tracing.otlp` does, and is imported only where an endpoint is given. Without
-one none of this runs: `TracedClients` stands before the engines, and `middleware` before the routes, only with tracing
-on. A trace has numbers and names, never a word of a prompt or of an answer (tested).
+A `RequestTrace` observes one generation. Nothing here knows OpenTelemetry: `frontend.tracing.otlp` does, and is
+imported only where an endpoint is given; without one no request has an observer. A trace has numbers and names, never
+a word of a prompt or of an answer (tested).
 
 The engine's instants are of its own clock. They are mapped onto this process's by the least delay seen between an
 instant that came with tokens and their arrival here; on one host that is the time a message takes.
@@ -12,54 +12,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Final, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from aiohttp import web
-
-from engine.wire import SamplingParams
-from frontend.counters import Party
-from frontend.engines import Delta, Generation
+from frontend.context import RequestContext
+from frontend.engines import Asked, Generation
 from frontend.errors import ApiError
-
-OPERATIONS: Final = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
-CONTEXT_HEADERS: Final = ("traceparent", "tracestate")
+from metrics.bulkhead import Bulkhead
 
 Attributes = dict[str, str | int | float | Sequence[str]]
-
-
-@dataclass(slots=True)
-class Call:
-    """One HTTP request, as far as its traces say it. A list of prompts makes several requests of it."""
-
-    operation: str
-    context: Mapping[str, str]  # the headers that name the caller's trace
-    model: str = ""
-    response_id: str = ""
-
-
-_CALL: ContextVar[Call | None] = ContextVar("call", default=None)
-
-
-@web.middleware
-async def middleware(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Keeps what the HTTP request says for the requests that are made of it."""
-    if request.path in OPERATIONS:
-        context = {name: request.headers[name] for name in CONTEXT_HEADERS if name in request.headers}
-        _CALL.set(Call(OPERATIONS[request.path], context))
-    return await handler(request)
-
-
-def describe(model: str, response_id: str) -> None:
-    """Adds what only the route knows."""
-    call = _CALL.get()
-    if call is not None:
-        call.model, call.response_id = model, response_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +37,7 @@ class Trace:
     """One request that is over, on this process's monotonic clock. `error_type` is None where it ended as it should,
     `abort` where the client went, else what failed."""
 
-    call: Call
+    context: RequestContext
     attributes: Attributes
     begin: float
     end: float
@@ -91,129 +52,66 @@ class Trace:
         return self.error_type not in (None, "abort")
 
 
-@dataclass(slots=True)
-class Told:
-    """What a generation's coming and going says, on this process's clock."""
-
-    arrived_at: float
-    num_delivered: int = 0
-    first_token_at: float | None = None
-    delay_s: float = math.inf  # from an instant of the engine's to its arrival here: the least, clocks' offset included
-    finished_at: float | None = None
-
-
-class TracedGeneration:
-    """A generation whose end is told. Otherwise it is the one it wraps."""
+class RequestTrace:
+    """Observes one request and tells `sink` of it when it is over."""
 
     def __init__(
-        self, inner: Generation, arrived_at: float, clock: Callable[[], float], end: Callable[[Generation, Told], None]
+        self,
+        asked: Asked,
+        sink: Callable[[Trace], None],
+        bulkhead: Bulkhead,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._inner = inner
+        self._asked = asked
+        self._sink = sink
+        self._bulkhead = bulkhead
         self._clock = clock
-        self._end: Callable[[Generation, Told], None] | None = end
-        self._told = Told(arrived_at)
+        self.first_token_at: float | None = None
+        self.delay_s = (
+            math.inf
+        )  # the least, from an instant of the engine's to its arrival here, clocks' offset included
+        self.finished_at: float | None = None
 
-    def listen(self, on_news: Callable[[], None]) -> None:
-        self._inner.listen(on_news)
+    def refused(self, error: ApiError) -> None:
+        with self._bulkhead.around("tracing"):
+            self._sink(_refused(self._asked, self._clock(), error))
 
-    def take(self) -> list[Delta]:
-        deltas = self._inner.take()
-        now, told = self._clock(), self._told
-        for delta in deltas:
-            if delta.token_ids:
-                told.delay_s = min(told.delay_s, now - self._inner.sequences[delta.index].last_at)
-                told.first_token_at = now if told.first_token_at is None else told.first_token_at
-        return deltas
+    def arrived(self, at: float) -> None:
+        with self._bulkhead.around("tracing"):
+            now = self._clock()
+            self.delay_s = min(self.delay_s, now - at)
+            if self.first_token_at is None:
+                self.first_token_at = now
 
-    def stop(self, index: int) -> None:
-        self._inner.stop(index)
+    def finished(self) -> None:
+        with self._bulkhead.around("tracing"):
+            self.finished_at = self._clock()
 
-    def delivered(self, num_tokens: int) -> None:
-        self._inner.delivered(num_tokens)
-        self._told.num_delivered += num_tokens
-
-    def undelivered(self, num_tokens: int, reason: str) -> None:
-        self._inner.undelivered(num_tokens, reason)
-
-    def finish(self) -> None:
-        self._inner.finish()
-        if self._told.finished_at is None:
-            self._told.finished_at = self._clock()
-
-    def join(self, party: Party) -> None:
-        self._inner.join(party)
-
-    async def committed(self) -> None:
-        await self._inner.committed()
-
-    def close(self) -> None:
-        self._inner.close()
-        end, self._end = self._end, None
-        if end is not None:
-            end(self._inner, self._told)
-
-
-class Clients(Protocol):
-    """The engines; `frontend.engines.engine_client` has them."""
-
-    async def submit(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, *, n: int, priority: int, arrived_at: float
-    ) -> Generation: ...
-
-
-@dataclass(slots=True, kw_only=True)
-class TracedClients:
-    """The engines, with every request's end told to `sink`. P8: whatever fails in telling it, `on_fault` hears of it
-    and the request does not."""
-
-    clients: Clients
-    sink: Callable[[Trace], None]
-    on_fault: Callable[[Exception], None]
-    clock: Callable[[], float] = field(default=time.monotonic)
-
-    async def submit(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, *, n: int, priority: int, arrived_at: float
-    ) -> TracedGeneration:
-        """As the engines' own; raises what that raises."""
-        call = _CALL.get() or Call("text_completion", {})
-        attributes = _asked(call, len(prompt_token_ids), sampling, n)
-        try:
-            inner = await self.clients.submit(prompt_token_ids, sampling, n=n, priority=priority, arrived_at=arrived_at)
-        except ApiError as error:
-            self._tell(partial(_refused, call, attributes, arrived_at, self.clock(), error))
-            raise
-
-        def end(generation: Generation, told: Told) -> None:
-            self._tell(partial(_ended, call, attributes, generation, told, self.clock()))
-
-        return TracedGeneration(inner, arrived_at, self.clock, end)
-
-    def _tell(self, make: Callable[[], Trace]) -> None:
-        try:
-            self.sink(make())
-        except Exception as error:  # noqa: BLE001  a bulkhead
-            self.on_fault(error)
+    def closed(self, generation: Generation) -> None:
+        with self._bulkhead.around("tracing"):
+            self._sink(_ended(self._asked, generation, self, self._clock()))
 
 
 # --- what is told; pure ---
 
 
-def _asked(call: Call, num_prompt_tokens: int, sampling: SamplingParams, n: int) -> Attributes:
+def _attributes(asked: Asked) -> Attributes:
     """Names of OpenTelemetry's semantic conventions for generative AI, and the older ones that vLLM has.
     Source: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/"""
+    context, sampling, n = asked.context, asked.sampling, asked.n
     attributes: Attributes = {
-        "gen_ai.operation.name": call.operation,
+        "gen_ai.operation.name": context.operation,
         "gen_ai.provider.name": "wholebatch",
-        "gen_ai.request.model": call.model,
-        "gen_ai.response.model": call.model,
-        "gen_ai.response.id": call.response_id,
-        "gen_ai.request.id": call.response_id,
+        "gen_ai.request.model": context.model,
+        "gen_ai.response.model": context.model,
+        "gen_ai.response.id": context.response_id,
+        "gen_ai.request.id": context.response_id,
         "gen_ai.request.max_tokens": sampling.max_tokens,
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,
         "gen_ai.request.n": n,
-        "gen_ai.usage.input_tokens": num_prompt_tokens,
-        "gen_ai.usage.prompt_tokens": num_prompt_tokens,
+        "gen_ai.usage.input_tokens": asked.num_prompt_tokens,
+        "gen_ai.usage.prompt_tokens": asked.num_prompt_tokens,
     }
     optional: Attributes = {
         "gen_ai.request.choice.count": n if n > 1 else 0,
@@ -227,10 +125,11 @@ def _asked(call: Call, num_prompt_tokens: int, sampling: SamplingParams, n: int)
     return attributes
 
 
-def _refused(call: Call, attributes: Attributes, begin: float, end: float, error: ApiError) -> Trace:
+def _refused(asked: Asked, end: float, error: ApiError) -> Trace:
+    begin = asked.context.arrived_at
     return Trace(
-        call=call,
-        attributes=attributes | {"gen_ai.latency.e2e": end - begin},
+        context=asked.context,
+        attributes=_attributes(asked) | {"gen_ai.latency.e2e": end - begin},
         begin=begin,
         end=end,
         stages=(),
@@ -240,24 +139,24 @@ def _refused(call: Call, attributes: Attributes, begin: float, end: float, error
     )
 
 
-def _ended(call: Call, attributes: Attributes, generation: Generation, told: Told, closed_at: float) -> Trace:
-    begin, end = told.arrived_at, closed_at if told.finished_at is None else told.finished_at
+def _ended(asked: Asked, generation: Generation, seen: RequestTrace, closed_at: float) -> Trace:
+    begin, end = asked.context.arrived_at, closed_at if seen.finished_at is None else seen.finished_at
     reasons = [sequence.reason or "abort" for sequence in generation.sequences]
-    is_whole = told.finished_at is not None and not {"error", "abort"} & set(reasons)
-    first_token_s = None if told.first_token_at is None else told.first_token_at - begin
-    stages, told_by_engine = _stages(generation, told.delay_s, begin, end)
+    is_whole = seen.finished_at is not None and not {"error", "abort"} & set(reasons)
+    first_token_s = None if seen.first_token_at is None else seen.first_token_at - begin
+    stages, told_by_engine = _stages(generation, seen.delay_s, begin, end)
     answer: Attributes = {
         "gen_ai.response.finish_reasons": reasons,
-        "gen_ai.usage.output_tokens": told.num_delivered,
-        "gen_ai.usage.completion_tokens": told.num_delivered,
+        "gen_ai.usage.output_tokens": generation.num_delivered,
+        "gen_ai.usage.completion_tokens": generation.num_delivered,
         "gen_ai.usage.num_sequences": len(reasons),
         "gen_ai.latency.e2e": end - begin,
     }
     if first_token_s is not None:
         answer["gen_ai.latency.time_to_first_token"] = first_token_s
     return Trace(
-        call=call,
-        attributes=attributes | answer | told_by_engine,
+        context=asked.context,
+        attributes=_attributes(asked) | answer | told_by_engine,
         begin=begin,
         end=end,
         stages=stages,

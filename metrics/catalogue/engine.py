@@ -144,7 +144,8 @@ ENGINE_METRICS: Final = (
         COUNTER,
         "vllm:prompt_tokens_cached_by_source_total",
         "tokens",
-        "Prompt tokens taken from a tiered KV cache, by tier. There is none: always 0.",
+        "Prompt tokens found in a KV cache, by its tier. device is the engine's own prefix cache, as in "
+        "vllm:prefix_cache_hits_total; there is no other: the rest are always 0.",
         (Label("source", CACHE_SOURCES),),
     ),
     _engine(
@@ -152,6 +153,24 @@ ENGINE_METRICS: Final = (
         "vllm:generation_tokens_total",
         "tokens",
         "Tokens the engine sampled and appended to a sequence, counted in the iteration that sampled them.",
+    ),
+    _engine(
+        COUNTER,
+        "vllm:estimated_flops_per_gpu_total",
+        "",
+        "Floating point operations of the model on each GPU, estimated. They are not estimated here: always 0.",
+    ),
+    _engine(
+        COUNTER,
+        "vllm:estimated_read_bytes_per_gpu_total",
+        "bytes",
+        "Bytes that the model read from each GPU's memory, estimated. They are not estimated here: always 0.",
+    ),
+    _engine(
+        COUNTER,
+        "vllm:estimated_write_bytes_per_gpu_total",
+        "bytes",
+        "Bytes that the model wrote to each GPU's memory, estimated. They are not estimated here: always 0.",
     ),
     _engine(
         HISTOGRAM,

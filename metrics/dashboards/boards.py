@@ -3,6 +3,10 @@
 *Overview* is for the person on call: is it well, who is hurt. *Iterations* shows what the engines ran, *Requests* what
 clients saw, *Statistics plane* whether the numbers themselves can be trusted. The histograms of iterations and of
 requests are taken from the catalogue, so that a new one has its heatmap by being declared.
+
+The variable `instance` chooses deployments by their public address. A discovered target's `instance` has more behind
+it, after a slash (`frontend.scrape.discovery`), and is chosen with its deployment. What is shown of an engine or a
+process is never merged over instances: two deployments both have an engine 0.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from metrics.dashboards.panels import (
 from metrics.dashboards.promql import Queries
 
 _JOB: Final = {"job": '=~"$job"'}
-_MODEL: Final = {**_JOB, "model_name": '="$model_name"'}
+_INSTANCE: Final = {**_JOB, "instance": '=~"($instance)(/.*)?"'}
+_MODEL: Final = {**_INSTANCE, "model_name": '="$model_name"'}
 Q: Final = Queries(selection={**_MODEL, "engine": '=~"$engine"'}, window="$__rate_interval")
 
 QUANTILES: Final = (0.5, 0.95, 0.99)
@@ -42,8 +47,11 @@ E2E: Final = "vllm:e2e_request_latency_seconds"
 UNITS: Final = {"seconds": SECONDS}
 
 _EXPORTED: Final = "wholebatch:exporter_up"
-_UP: Final = Q.gauge(_EXPORTED, "engine", how="max")
+ENGINE: Final = ("instance", "engine")
+ENGINE_LEGEND: Final = "{{instance}} engine {{engine}}"
+_UP: Final = Q.gauge(_EXPORTED, *ENGINE, how="max")
 _OF_JOB: Final = Queries(selection=_JOB, window="")
+_OF_INSTANCE: Final = Queries(selection=_INSTANCE, window="")
 _OF_MODEL: Final = Queries(selection=_MODEL, window="")
 _DURATION: Final = "wholebatch:iteration_duration_seconds"
 _CACHE_CONFIG: Final = ("kv_cache_size_tokens", "block_size", "num_gpu_blocks", "cache_dtype")
@@ -86,8 +94,8 @@ def overview() -> str:
     full = [
         lines(
             "Running and waiting",
-            Query(Q.gauge("vllm:num_requests_running", "engine"), "engine {{engine}} runs"),
-            Query(Q.gauge("vllm:num_requests_waiting", "engine"), "engine {{engine}} has waiting"),
+            Query(Q.gauge("vllm:num_requests_running", *ENGINE), f"{ENGINE_LEGEND} runs"),
+            Query(Q.gauge("vllm:num_requests_waiting", *ENGINE), f"{ENGINE_LEGEND} has waiting"),
         ),
         lines("KV cache in use", _per_engine("vllm:kv_cache_usage_perc", how="max"), unit=RATIO),
         lines(
@@ -114,11 +122,11 @@ def iterations() -> str:
     others = [m for m in histograms(Scope.ENGINE) if m.name not in shown]
     pace = [
         lines("Iterations", _by("wholebatch:iterations_total", "phase"), unit="suffix: iterations/s", stacked=True),
-        lines("Tokens an iteration, mean", _mean(ITERATION_TOKENS), _mean(ITERATION_TOKENS, "engine")),
+        lines("Tokens an iteration, mean", _mean(ITERATION_TOKENS), _mean(ITERATION_TOKENS, *ENGINE)),
         lines(
             "Requests an iteration, mean",
             _mean("wholebatch:iteration_requests"),
-            _mean("wholebatch:iteration_requests", "engine"),
+            _mean("wholebatch:iteration_requests", *ENGINE),
         ),
         lines("Duration, p50", Query(Q.quantile(0.5, _DURATION, "phase"), "{{phase}}"), unit=SECONDS),
         lines("Duration, p99", Query(Q.quantile(0.99, _DURATION, "phase"), "{{phase}}"), unit=SECONDS),
@@ -141,9 +149,9 @@ def iterations() -> str:
         lines(
             "Prefix cache: tokens found of those looked up",
             Query(
-                f"{Q.rate('vllm:prefix_cache_hits_total', 'engine')} / "
-                f"{Q.rate('vllm:prefix_cache_queries_total', 'engine')}",
-                "engine {{engine}}",
+                f"{Q.rate('vllm:prefix_cache_hits_total', *ENGINE)} / "
+                f"{Q.rate('vllm:prefix_cache_queries_total', *ENGINE)}",
+                ENGINE_LEGEND,
             ),
             unit=RATIO,
         ),
@@ -203,12 +211,12 @@ def statistics_plane() -> str:
         states("Incarnation", _per_engine("wholebatch:engine_incarnation", how="max")),
         lines(
             "Since an engine's series were last exported",
-            Query(f"time() - max by (engine) (max_over_time({seen}[5m:1s]))", "engine {{engine}}"),
+            Query(f"time() - {Q.total('max', f'max_over_time({seen}[5m:1s])', ENGINE)}", ENGINE_LEGEND),
             unit=SECONDS,
         ),
         lines(
             "Snapshots",
-            Query(Q.rate("wholebatch:snapshots_total", "engine", "result"), "engine {{engine}} {{result}}"),
+            Query(Q.rate("wholebatch:snapshots_total", *ENGINE, "result"), f"{ENGINE_LEGEND} {{{{result}}}}"),
             unit=PER_SECOND,
         ),
         lines("Snapshots received too late", _by("wholebatch:stale_snapshots_total", "engine"), unit=PER_SECOND),
@@ -238,8 +246,9 @@ def histograms(scope: Scope) -> list[Metric]:
 
 
 def _by(name: str, label: str) -> Query:
-    legend = "engine {{engine}}" if label == "engine" else f"{{{{{label}}}}}"
-    return Query(Q.rate(name, label), legend)
+    if label == "engine":
+        return Query(Q.rate(name, *ENGINE), ENGINE_LEGEND)
+    return Query(Q.rate(name, label), f"{{{{{label}}}}}")
 
 
 def _sum(name: str, label: str) -> Query:
@@ -247,7 +256,7 @@ def _sum(name: str, label: str) -> Query:
 
 
 def _per_engine(name: str, how: str) -> Query:
-    return Query(Q.gauge(name, "engine", how=how), "engine {{engine}}")
+    return Query(Q.gauge(name, *ENGINE, how=how), ENGINE_LEGEND)
 
 
 def _quantiles(name: str) -> list[Query]:
@@ -255,7 +264,7 @@ def _quantiles(name: str) -> list[Query]:
 
 
 def _mean(name: str, *by: str) -> Query:
-    return Query(Q.mean(name, *by), "engine {{engine}}" if by else "all")
+    return Query(Q.mean(name, *by), ENGINE_LEGEND if by else "all")
 
 
 def _heats(metrics: Sequence[Metric]) -> list[Panel]:
@@ -292,7 +301,14 @@ def _token_path() -> list[Query]:
 def _dashboard(name: str, title: str, description: str, rows: Sequence[Row]) -> str:
     chosen = [
         variable("job", "Job", f"label_values({_EXPORTED}, job)", multi=True),
-        variable("model_name", "Model", f"label_values({_OF_JOB.series(_EXPORTED)}, model_name)"),
+        variable(
+            "instance",
+            "Deployment",
+            f"label_values({_OF_JOB.series(_EXPORTED)}, instance)",
+            multi=True,
+            part="/^([^/]+)/",
+        ),
+        variable("model_name", "Model", f"label_values({_OF_INSTANCE.series(_EXPORTED)}, model_name)"),
         variable("engine", "Engine", f"label_values({_OF_MODEL.series(_EXPORTED)}, engine)", multi=True),
     ]
     return put_together(f"wholebatch-{name}", f"wholebatch: {title}", description, chosen, rows)

@@ -101,10 +101,12 @@ def _with_queries(panel: P, queries: Sequence[Query], form: PromQueryFormat = Pr
     return panel
 
 
-def variable(name: str, label: str, query: str, *, multi: bool = False) -> dashboard.QueryVariable:
-    """A choice among a label's values."""
+def variable(name: str, label: str, query: str, *, multi: bool = False, part: str = "") -> dashboard.QueryVariable:
+    """A choice among a label's values, or among what the group of the regular expression `part` matches of each."""
     made = dashboard.QueryVariable(name).label(label).datasource(DATASOURCE).query(query)
     made.refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED).sort(model.VariableSort.NUMERICAL_ASC)
+    if part:
+        made.regex(part)
     if multi:
         made.multi(True).include_all(True).all_value(".*")
         made.current(model.VariableOption(selected=True, text="All", value="$__all"))

@@ -55,7 +55,9 @@ class Queries:
     window: str
 
     def series(self, name: str, /, **labels: str) -> str:
-        """The selected series of one name as exposed, `_bucket`, `_sum` or `_count` included."""
+        """The selected series of one name as exposed, `_bucket`, `_sum` or `_count` included.
+
+        A label's value that begins with `=~` is a whole matcher."""
         if name not in _BY_SERIES:
             raise QueryError(f"no series of the catalogue: {name!r}")
         metric = _BY_SERIES[name]
@@ -63,7 +65,9 @@ class Queries:
         if unknown := set(labels) - {*have, "le"}:
             raise QueryError(f"{name} has no label {sorted(unknown)}")
         matchers = [f"{label}{matcher}" for label, matcher in self.selection.items() if label in have]
-        matchers += [f'{label}="{value}"' for label, value in labels.items()]
+        matchers += [
+            f"{label}{value}" if value.startswith("=~") else f'{label}="{value}"' for label, value in labels.items()
+        ]
         return f"{name}{{{','.join(matchers)}}}" if matchers else name
 
     def over(self, function: str, name: str, by: Sequence[str] = (), /, window: str = "", **labels: str) -> str:

@@ -3,6 +3,10 @@
 The two service levels are about first tokens and about gaps between tokens: which share of them may be slower than a
 bound of the histogram. Their alerts fire on how fast the allowed share is being used up, over a long window (it is
 real) and a short one (it still goes on). Source: the multi-window burn rates of Google's SRE workbook, chapter 5.
+
+A Prometheus may watch many deployments, as static targets (`instance="HOST:PORT"`) or as discovered ones
+(`instance="HOST:PORT/engine-0"`). All series of an engine come from one target either way, and so do those of a
+process: their rules keep `instance`. A service level is a model's, over all deployments of a job that serve it.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from metrics.exposition import format_value
 Q: Final = Queries(selection={}, window="5m")
 
 MODEL: Final = ("job", "model_name")
-ENGINE: Final = (*MODEL, "engine")
+ENGINE: Final = ("job", "instance", "model_name", "engine")
+TARGET: Final = ("job", "instance")
 WINDOWS: Final = ("5m", "30m", "1h", "6h")
 
 
@@ -84,6 +89,7 @@ SERVICE_LEVELS: Final = (
 BURN_RATES: Final = ((14.4, "1h", "5m", "page"), (6.0, "6h", "30m", "ticket"))
 
 COMPUTED: Final = "wholebatch:iteration_scheduled_tokens_sum"
+ENGINE_NAME: Final = "engine {{ $labels.engine }} at {{ $labels.instance }}"
 RECOMPUTED_SHARE: Final = "engine:recomputed_tokens:ratio_rate5m"
 
 
@@ -128,33 +134,45 @@ def _plane() -> list[Alert]:
     return [
         Alert(
             name="WholebatchAuditViolated",
-            expression=f"{Q.over('increase', 'wholebatch:audit_violations_total', ('job', 'law'), window='10m')} > 0",
+            expression=_grown("wholebatch:audit_violations_total", "law"),
             lasting="0s",
             severity="ticket",
-            summary="The counters of {{ $labels.job }} do not add up: law {{ $labels.law }}",
+            summary="The counters of {{ $labels.instance }} do not add up: law {{ $labels.law }}",
         ),
         Alert(
             name="WholebatchNoExporter",
             expression=f"{Q.gauge('wholebatch:exporter_up', *ENGINE, how='max')} == 0",
             lasting="30s",
             severity="page",
-            summary="Nobody exports the series of engine {{ $labels.engine }} of {{ $labels.model_name }}",
+            summary=f"Nobody exports the series of {ENGINE_NAME} of {{{{ $labels.model_name }}}}",
         ),
         Alert(
             name="WholebatchAbsent",
-            expression=f"absent({Q.series('wholebatch:exporter_up')})",
+            expression=_absent(),
             lasting="1m",
             severity="page",
-            summary="No deployment answers Prometheus' scrapes",
+            summary="Prometheus' scrapes have no answer from {{ or $labels.deployment `any deployment` }}",
         ),
         Alert(
             name="WholebatchStatisticsFaults",
-            expression=f"{Q.over('increase', 'wholebatch:bulkhead_errors_total', ('job', 'where'), window='10m')} > 0",
+            expression=_grown("wholebatch:bulkhead_errors_total", "where"),
             lasting="0s",
             severity="ticket",
-            summary="Statistics of {{ $labels.job }} had a fault, and serving went on: {{ $labels.where }}",
+            summary="Statistics of {{ $labels.instance }} had a fault, and serving went on: {{ $labels.where }}",
         ),
     ]
+
+
+def _grown(counter: str, label: str) -> str:
+    return f"{Q.over('increase', counter, (*TARGET, label), window='10m')} > 0"
+
+
+def _absent() -> str:
+    """One of several deployments, by the targets of its job that are all down; or every deployment, by having none."""
+    # NOTE: not back into `instance`, where the targets of one deployment would be series of the same labels.
+    targets = 'label_replace(up, "deployment", "$1", "instance", "([^/]*).*")'
+    up, others = Q.total("max", targets, ("job", "deployment")), Q.gauge("wholebatch:exporter_up", "job", how="max")
+    return f"{up} == 0 and on (job) {others} or absent({Q.series('wholebatch:exporter_up')})"
 
 
 def _engines() -> list[Alert]:
@@ -162,6 +180,8 @@ def _engines() -> list[Alert]:
     growth = Q.total("max", f"deriv({Q.series(waiting)}[10m])", ENGINE)
     usage = Q.total("max", f"avg_over_time({Q.series('vllm:kv_cache_usage_perc')}[5m])", ENGINE)
     restarts = Q.total("max", f"changes({Q.series('wholebatch:engine_incarnation')}[15m])", ENGINE)
+    began = Q.series("process_start_time_seconds", process='=~"api-server-.*"')
+    server_restarts = Q.total("max", f"changes({began}[15m])", (*TARGET, "process"))
     preempting = f"{RECOMPUTED_SHARE} > 0.1 and {Q.rate('vllm:num_preemptions_total', *ENGINE)} > 0"
     return [
         Alert(
@@ -169,21 +189,21 @@ def _engines() -> list[Alert]:
             expression=f"{growth} > 0 and {Q.gauge(waiting, *ENGINE, how='max')} > 10",
             lasting="10m",
             severity="page",
-            summary="Engine {{ $labels.engine }} of {{ $labels.model_name }} takes in more than it finishes",
+            summary=f"{ENGINE_NAME} of {{{{ $labels.model_name }}}} takes in more than it finishes",
         ),
         Alert(
             name="WholebatchKVCacheFull",
             expression=f"{usage} > 0.95",
             lasting="5m",
             severity="ticket",
-            summary="KV cache of engine {{ $labels.engine }}: {{ $value | humanizePercentage }} in use for 10 minutes",
+            summary=f"KV cache of {ENGINE_NAME}: {{{{ $value | humanizePercentage }}}} in use for 10 minutes",
         ),
         Alert(
             name="WholebatchPreemptionStorm",
             expression=preempting,
             lasting="5m",
             severity="ticket",
-            summary="Engine {{ $labels.engine }} spends {{ $value | humanizePercentage }} of its work on recomputation",
+            summary=f"{ENGINE_NAME} spends {{{{ $value | humanizePercentage }}}} of its work on recomputation",
             reads="wholebatch:recomputed_tokens_total",
         ),
         Alert(
@@ -191,7 +211,14 @@ def _engines() -> list[Alert]:
             expression=f"{restarts} > 0",
             lasting="0s",
             severity="ticket",
-            summary="Engine {{ $labels.engine }} of {{ $labels.model_name }}: {{ $value }} starts in 15 minutes",
+            summary=f"{ENGINE_NAME} of {{{{ $labels.model_name }}}}: {{{{ $value }}}} starts in 15 minutes",
+        ),
+        Alert(
+            name="WholebatchAPIServerRestarting",
+            expression=f"{server_restarts} > 2",
+            lasting="0s",
+            severity="ticket",
+            summary="{{ $labels.process }} of {{ $labels.instance }}: {{ $value }} starts in 15 minutes",
         ),
     ]
 

@@ -5,7 +5,7 @@ Every figure may be None: not known. Rates and means are of the window, the rest
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -59,6 +59,7 @@ class ServerFigures:
     """One API server, by its own admin port."""
 
     process: ProcessFigures
+    is_silent: bool  # its admin port takes connections and does not answer
     in_flight: float | None
     requests_per_s: float | None
     delivered_per_s: float | None
@@ -92,8 +93,11 @@ class Figures:
     laws: Mapping[str, tuple[float, float]]  # of the audit: (imbalance now, violations ever)
 
 
-def work_out(window: Window, own: Mapping[int, Window], table: Mapping[str, Any]) -> Figures:
-    """`own` has the windows of the API servers' admin ports, by index; `table` is what /deployment says."""
+def work_out(
+    window: Window, own: Mapping[int, Window], table: Mapping[str, Any], silent: Set[int] = frozenset()
+) -> Figures:
+    """`own` has the windows of the API servers' admin ports, by index, `silent` the API servers that do not answer;
+    `table` is what /deployment says."""
     facts = table.get("facts") or {}
     exporters = {row["engine"]: row["grant"] for row in table.get("exporters", ())}
     rows = sorted(table.get("processes", ()), key=lambda row: row["index"])
@@ -103,7 +107,7 @@ def work_out(window: Window, own: Mapping[int, Window], table: Mapping[str, Any]
         model=str(facts.get("model_name", "")),
         window_s=window.seconds,
         engines=[_engine(window, row, exporters.get(row["index"])) for row in engines],
-        servers=[_server(window, own.get(row["index"]), row) for row in servers],
+        servers=[_server(window, own.get(row["index"]), row, is_silent=row["index"] in silent) for row in servers],
         iteration_buckets=per_bucket(window.buckets(ITERATION_TOKENS)),
         latencies=[_latency(window, what, name) for what, name in LATENCIES],
         generated_per_s=window.rate("vllm:generation_tokens_total"),
@@ -155,9 +159,10 @@ def _exporter(grant: Mapping[str, Any] | None) -> str:
     return f"{grant['api_server']} term {'.'.join(map(str, grant['term']))}"
 
 
-def _server(window: Window, own: Window | None, row: Mapping[str, Any]) -> ServerFigures:
+def _server(window: Window, own: Window | None, row: Mapping[str, Any], *, is_silent: bool) -> ServerFigures:
     return ServerFigures(
         process=_process(window, row),
+        is_silent=is_silent,
         in_flight=None if own is None else own.gauge(IN_FLIGHT),
         requests_per_s=None if own is None else own.rate("http_requests_total"),
         delivered_per_s=None if own is None else own.rate("wholebatch:delivered_tokens_total"),

@@ -4,7 +4,10 @@
 
 The address is the public one. The figures come from `/metrics/engines` and `/deployment` there, and what is an API
 server's own from its admin port where this machine can reach it. Ctrl-C ends it. Figures are worked out in
-`metrics.top.figures`, drawn in `metrics.top.view`.
+`metrics.top.figures` and drawn in `metrics.top.view`.
+
+An API server that is stopped or stuck is still `ready` in the deployment's table until the supervisor kills it: that
+it takes a connection on its admin port and does not answer is seen here at once.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, Final
 
 from rich.console import Console
@@ -27,19 +31,27 @@ from rich.live import Live
 
 from metrics.audit import parse_samples
 from metrics.top.figures import Figures, work_out
-from metrics.top.view import render
+from metrics.top.view import WIDE, render
 from metrics.top.window import Scrape, Window
 
 TIMEOUT_S: Final = 5.0
 ADMIN_TIMEOUT_S: Final = 0.5
 MAX_AT_A_TIME: Final = 8  # admin ports asked
 HISTORY: Final = 40  # frames
-NARROWEST: Final = 100  # columns, where the output is no terminal
 OWN_NAMES: Final = (  # of an API server's admin port
     "wholebatch:api_server_requests_in_flight",
     "http_requests_total",
     "wholebatch:delivered_tokens_total",
 )
+
+
+class Silence(Enum):
+    """Not an answer."""
+
+    SILENT = auto()
+
+
+SILENT: Final = Silence.SILENT
 
 
 class TopError(Exception):
@@ -52,6 +64,7 @@ class Look:
 
     whole: Scrape
     own: Mapping[int, Scrape]
+    silent: Set[int]  # API servers that take a connection and do not answer
     table: Mapping[str, Any]
 
 
@@ -61,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     url = _base(options.url)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.width, NARROWEST))
+        console = Console(width=max(console.width, WIDE))
     try:
         first = look(url)
         time.sleep(options.interval)
         if options.once:
-            console.print(render(figures(first, look(url)), url))
+            console.print(render(figures(first, look(url)), url, width=console.width))
             return 0
         _watch(console, url, first, options)
     except TopError as error:
@@ -115,7 +128,7 @@ def _watch(console: Console, url: str, first: Look, options: argparse.Namespace)
             except TopError as error:
                 failed_at = failed_at if trouble else time.monotonic()
                 trouble = f"for {time.monotonic() - failed_at:.0f} s: {error}"
-            live.update(render(frame, url, trouble=trouble, history=history), refresh=True)
+            live.update(render(frame, url, width=console.width, trouble=trouble, history=history), refresh=True)
             time.sleep(options.interval)
 
 
@@ -125,7 +138,7 @@ def figures(earlier: Look, later: Look) -> Figures:
     own = {
         index: Window(None if before is None else before.own.get(index), scrape) for index, scrape in later.own.items()
     }
-    return work_out(Window(None if before is None else before.whole, later.whole), own, later.table)
+    return work_out(Window(None if before is None else before.whole, later.whole), own, later.table, later.silent)
 
 
 def look(url: str) -> Look:
@@ -140,19 +153,24 @@ def look(url: str) -> Look:
             raise TopError(f"{url} answers {error.code}: {said}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TopError(f"no wholebatch deployment at {url}: {error}") from error
-    return Look(whole, _own(servers), table)
+    own, silent = _own(servers)
+    return Look(whole, own, silent, table)
 
 
-def _own(servers: Mapping[int, str]) -> dict[int, Scrape]:
-    """By index, of those that answer."""
+def _own(servers: Mapping[int, str]) -> tuple[dict[int, Scrape], set[int]]:
+    """(of those that answer, by index; those that take a connection and do not answer)"""
     with ThreadPoolExecutor(MAX_AT_A_TIME) as pool:
-        scrapes = pool.map(_own_scrape, servers.values())
-        return {index: scrape for index, scrape in zip(servers, scrapes, strict=True) if scrape is not None}
+        found = dict(zip(servers, pool.map(_own_scrape, servers.values()), strict=True))
+    own = {index: scrape for index, scrape in found.items() if isinstance(scrape, Scrape)}
+    return own, {index for index, scrape in found.items() if scrape is SILENT}
 
 
-def _own_scrape(admin_url: str) -> Scrape | None:
+def _own_scrape(admin_url: str) -> Scrape | Silence | None:
+    """None: it cannot be reached from here, or says something else."""
     try:
         return _scrape(f"{admin_url}/metrics", ADMIN_TIMEOUT_S, OWN_NAMES)
+    except TimeoutError:  # while it was connected: a connection that is not made is an URLError
+        return SILENT
     except (OSError, ValueError):
         return None
 

@@ -1,4 +1,7 @@
-"""Figures as a picture for a terminal of 100 columns or more, with `rich`. Pure.
+"""Figures as a picture for a terminal of 80 columns or more, with `rich`. Pure.
+
+From 100 columns on there is one table of engines, and latencies stand beside the iterations. Below, the engines have
+two tables and all stands one below the other, what matters most first: a low terminal cuts off the end.
 
 "–" stands for what is not known. Colour repeats what is written, and says nothing alone.
 """
@@ -20,29 +23,39 @@ from metrics.top.window import Bucket
 
 UNKNOWN = "–"
 EIGHTHS = " ▏▎▍▌▋▊▉█"
+WIDE, LEAST = 100, 80  # columns
 LEVELS = "▁▂▃▄▅▆▇█"
 GOOD, BAD, DIM, ACCENT = "green", "bold red", "dim", "cyan"
+ITERATIONS_TITLE = "iterations by tokens, whole batch"
 STATE_STYLES = {"ready": GOOD, "ended": BAD, "starting": "yellow", "stopping": "yellow"}
 
 
-def render(figures: Figures, url: str, *, trouble: str = "", history: Sequence[float] = ()) -> RenderableType:
+def render(
+    figures: Figures, url: str, *, width: int = WIDE, trouble: str = "", history: Sequence[float] = ()
+) -> RenderableType:
     """One frame. `trouble` says why it is an old one; `history` is of the generation rate, newest last."""
+    if width < LEAST:
+        return Text(f"metrics.top needs {LEAST} columns; this terminal has {width}.", BAD)
+    top = [_heading(figures, url, trouble, history), _laws(figures.laws)]
+    if width < WIDE:
+        engines = Group(_engine_states(figures.engines), _engine_pace(figures.engines))
+        latency = _panel(_latencies(figures), "latency")
+        iterations = _panel(_iterations(_occupied(figures.iteration_buckets)), ITERATIONS_TITLE)
+        return Group(*top, _panel(engines, "engines"), latency, _servers(figures.servers), iterations)
+    return Group(*top, _engines(figures.engines), _side_by_side(figures), _servers(figures.servers))
+
+
+def _side_by_side(figures: Figures) -> RenderableType:
     lower = Table.grid(expand=True)
     lower.add_column(ratio=1)
     lower.add_column(width=54)
     rows = _occupied(figures.iteration_buckets)
     height = 2 + max(len(rows), len(figures.latencies) + 1)
     lower.add_row(
-        _panel(_iterations(rows), "iterations by tokens, whole batch", height),
+        _panel(_iterations(rows), ITERATIONS_TITLE, height),
         _panel(_latencies(figures), "latency", height),
     )
-    return Group(
-        _heading(figures, url, trouble, history),
-        _engines(figures.engines),
-        lower,
-        _servers(figures.servers),
-        _laws(figures.laws),
-    )
+    return lower
 
 
 # --- numbers ---
@@ -135,28 +148,55 @@ def _machine(process: ProcessFigures) -> tuple[str, str]:
     return share(process.cpu), f"{number(resident / 2**20)}M" if resident is not None else UNKNOWN
 
 
+STATE_COLUMNS = ("state", "run", "wait", "KV cache", "hits", "preempt", "exporter")
+PACE_COLUMNS = ("tok/s", "it/s", "tok/it", "time/it", "pre·dec·mix")
+LEFT_COLUMNS = ("state", "KV cache", "exporter")
+
+
 def _engines(engines: Sequence[EngineFigures]) -> RenderableType:
-    head = ("", "state", "run", "wait", "KV cache", "tok/s", "it/s", "tok/it", "time/it", "pre·dec·mix", "hits")
-    table = _table(*head, "preempt", "exporter", left=("state", "KV cache", "exporter"))
+    table = _table("", *STATE_COLUMNS[:4], *PACE_COLUMNS, *STATE_COLUMNS[4:], left=LEFT_COLUMNS)
     for e in engines:
-        mix = UNKNOWN if e.phases is None else "·".join(f"{100 * e.phases[phase]:.0f}" for phase in PHASES)
-        usage = Text.assemble((bar(e.kv_usage, 5), _pressure(e.kv_usage)), f" {share(e.kv_usage)}")
-        table.add_row(
-            str(e.process.index),
-            _state(e.process),
-            number(e.running),
-            Text(number(e.waiting), "yellow" if e.waiting else ""),
-            usage,
-            Text(number(e.generated_per_s), f"bold {ACCENT}"),
-            number(e.iterations_per_s),
-            Text(number(e.tokens_per_iteration), "bold"),
-            seconds(e.seconds_per_iteration),
-            mix,
-            share(e.cache_hits),
-            Text(number(e.preemptions), "yellow" if e.preemptions else ""),
-            Text(e.exporter, BAD if e.exporter == "nobody" else ""),
-        )
+        state = _state_cells(e)
+        table.add_row(str(e.process.index), *state[:4], *_pace_cells(e), *state[4:])
     return _panel(table, "engines")
+
+
+def _engine_states(engines: Sequence[EngineFigures]) -> RenderableType:
+    table = _table("", *STATE_COLUMNS, left=LEFT_COLUMNS)
+    for e in engines:
+        table.add_row(str(e.process.index), *_state_cells(e))
+    return table
+
+
+def _engine_pace(engines: Sequence[EngineFigures]) -> RenderableType:
+    table = _table("", *PACE_COLUMNS)
+    for e in engines:
+        table.add_row(str(e.process.index), *_pace_cells(e))
+    return table
+
+
+def _state_cells(e: EngineFigures) -> list[RenderableType]:
+    """In the order of STATE_COLUMNS."""
+    return [
+        _state(e.process),
+        number(e.running),
+        Text(number(e.waiting), "yellow" if e.waiting else ""),
+        Text.assemble((bar(e.kv_usage, 5), _pressure(e.kv_usage)), f" {share(e.kv_usage)}"),
+        share(e.cache_hits),
+        Text(number(e.preemptions), "yellow" if e.preemptions else ""),
+        Text(e.exporter, BAD if e.exporter == "nobody" else ""),
+    ]
+
+
+def _pace_cells(e: EngineFigures) -> list[RenderableType]:
+    """In the order of PACE_COLUMNS."""
+    return [
+        Text(number(e.generated_per_s), f"bold {ACCENT}"),
+        number(e.iterations_per_s),
+        Text(number(e.tokens_per_iteration), "bold"),
+        seconds(e.seconds_per_iteration),
+        UNKNOWN if e.phases is None else "·".join(f"{100 * e.phases[phase]:.0f}" for phase in PHASES),
+    ]
 
 
 def _pressure(usage: float | None) -> str:
@@ -206,7 +246,7 @@ def _servers(servers: Sequence[ServerFigures]) -> RenderableType:
     for s in servers:
         table.add_row(
             str(s.process.index),
-            _state(s.process),
+            Text("no answer", BAD) if s.is_silent else _state(s.process),
             str(s.process.pid),
             number(s.in_flight),
             number(s.requests_per_s),

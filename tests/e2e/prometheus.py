@@ -59,9 +59,11 @@ def dashboard_targets() -> list[Target]:
     ]
 
 
-def fill_in(expression: str, *, model_name: str, interval: str, engine: str = ".*", job: str = ".*") -> str:
+def fill_in(
+    expression: str, *, model_name: str, interval: str, engine: str = ".*", job: str = ".*", instance: str = ".*"
+) -> str:
     """The query with Grafana's variables replaced; one that is left over is an error."""
-    values = {"model_name": model_name, "engine": engine, "job": job, "__rate_interval": interval}
+    values = {"model_name": model_name, "engine": engine, "job": job, "instance": instance, "__rate_interval": interval}
     filled = re.sub(r"\$(\w+)", lambda match: values[match.group(1)], expression)
     assert "$" not in filled, filled
     return filled

@@ -206,6 +206,35 @@ def test_the_discovered_targets_sum_to_the_public_port_also_across_a_move_of_the
     assert fell == []
 
 
+def test_two_deployments_in_one_prometheus_stay_two_either_way_they_are_scraped(tiny_model: Path):
+    generated = "vllm:generation_tokens_total"
+    with served(tiny_model) as first, served(tiny_model) as second, prometheus(two(first, second)) as server:
+        server.wait_for_scrape(now())
+        for _ in range(6):
+            for deployment, num_tokens in ((first, 40), (second, 10)):
+                deployment.complete([40, 41, 42], num_tokens)
+            server.wait_for_scrape(now())
+        truth = {one.url.removeprefix("http://"): total(one.idle_metrics(), generated) for one in (first, second)}
+        server.wait_for_scrape(now())
+        for job in (PUBLIC, DISCOVERED):
+            selected = f'{generated}{{job="{job}"}}'
+            assert set(server.query(f"resets({selected}[5m])").values()) == {0.0}
+            counted_by = {dict(labels)["instance"]: value for labels, value in server.query(selected).items()}
+            assert {instance.partition("/")[0]: value for instance, value in counted_by.items()} == truth
+            (increase,) = server.query(f"sum(increase({selected}[5m]))").values()
+            assert increase == pytest.approx(sum(truth.values()), rel=0.2)  # Prometheus extrapolates
+    assert sorted(truth.values()) == [60, 240]
+
+
+def two(first: Served, second: Served) -> list[dict[str, Any]]:
+    """Both deployments in one job each way."""
+    jobs = [scrape_configs(deployment) for deployment in (first, second)]
+    for merged, other in zip(*jobs, strict=True):
+        for key in ("static_configs", "http_sd_configs"):
+            merged.get(key, []).extend(other.get(key, []))
+    return jobs[0]
+
+
 def move_the_exporter(deployment: Served) -> None:
     """Kills the API server that exports engine 0, and serves until all is up again."""
 

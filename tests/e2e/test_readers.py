@@ -75,7 +75,8 @@ def test_readers_find_the_same_whole_whichever_api_server_answers(tiny_model: Pa
         answer, body = raw(deployment, "GET", "/metrics?name[]=vllm:num_requests_running", Accept_Encoding="gzip")
         assert answer.getheader("Content-Encoding") == "gzip"
         head, nothing = raw(deployment, "HEAD", "/metrics")
-    assert set(scrapes) == {"api-server-0", "api-server-1", "api-server-2", "engine-0", "engine-1", "processes"}
+    parts = ("api-server-0", "api-server-1", "api-server-2", "engine-0", "engine-1", "processes")
+    assert set(scrapes) == {f"{deployment.url.removeprefix('http://')}/{part}" for part in parts}
     for (name, labels), value in whole.items():
         if name.startswith(("vllm:", "http_")) and name.endswith(("_total", "_bucket", "_sum", "_count")):
             summed = sum(samples.get((name, labels), 0.0) for samples in scrapes.values())

@@ -118,6 +118,11 @@ def test_a_wrong_flag_is_named(model: Path, case: str):
     assert "\n" not in str(refused.value)
 
 
+def test_a_key_of_the_environment_that_is_no_text_is_refused_and_not_shown(model: Path):
+    with pytest.raises(FlagError, match=f"{API_KEY_VARIABLE} is not UTF-8"):
+        parsed(model, key="secret\udcff")
+
+
 def test_a_model_that_is_none_is_named(tmp_path: Path):
     (tmp_path / "x.gguf").write_bytes(b"GGML....")
     (tmp_path / "empty").mkdir()

@@ -50,6 +50,7 @@ class Job:
 
     prompt: tuple[int, ...]
     max_tokens: int = 8
+    temperature: float = 1.0
     ignore_eos: bool = False
     priority: int = 0
     api_server: int = 0
@@ -144,7 +145,7 @@ class Engine:
         self.seen.append(tuple(part.num_tokens for part in batch.sequences))
 
     def submit(self, request_id: int, job: Job) -> None:
-        sampling = SamplingParams(max_tokens=job.max_tokens, ignore_eos=job.ignore_eos)
+        sampling = SamplingParams(max_tokens=job.max_tokens, temperature=job.temperature, ignore_eos=job.ignore_eos)
         submit = Submit(request_id, 1, list(job.prompt), sampling, job.priority)
         self.core.submit((job.api_server, 1), submit, self.clock())
 

@@ -24,7 +24,7 @@ from engine.wire.deployment import Deployment, Facts, ProcessEntry
 from frontend.app import State, admin_app, public_app
 from frontend.deployment_view import DeploymentView
 from frontend.engines.generation import Delta, Generation
-from frontend.serving import Serving
+from frontend.services import Services
 from metrics import broadcast
 from metrics.catalogue import API_SERVER, ENGINE
 from metrics.election import Granter
@@ -206,9 +206,9 @@ async def until(condition: Callable[[], bool]) -> None:
 class Node:
     """One API server: everything but the process."""
 
-    def __init__(self, state: State, serving: Serving, public: TestServer, admin: TestServer) -> None:
+    def __init__(self, state: State, services: Services, public: TestServer, admin: TestServer) -> None:
         self.state = state
-        self.serving = serving
+        self.services = services
         self.public = public
         self.admin = admin
 
@@ -221,7 +221,7 @@ class Node:
             return answer.status, (await answer.read()).decode(errors="replace")
 
     def is_exporter(self, engine: int = 0) -> bool:
-        return self.serving.exporter.held(engine) is not None
+        return self.services.exporter.held(engine) is not None
 
 
 class Deployed:
@@ -252,8 +252,8 @@ class Deployed:
         addresses = tuple(("127.0.0.1", admin.port) for _, admin, _ in servers)
         for index, (public, admin, state) in enumerate(servers):
             state.config = self._config(index, admin_addresses=addresses)
-            serving = Serving(state.config, FACTS, self.context, state.view, byte_level_tokenizer())
-            state.serving = serving
+            serving = Services(state.config, FACTS, self.context, state.view, byte_level_tokenizer())
+            state.services = serving
             self._stack.push_async_callback(serving.close)
             self.nodes.append(Node(state, serving, public, admin))
 
@@ -305,7 +305,7 @@ async def engine_of(node: Node) -> AsyncIterator[FakeEngine]:
     """An engine that the node has said Hello to."""
     engine = FakeEngine(node.state.config.directory, 1)
     try:
-        node.serving.clients.on_deployment(make_table(2, (ENGINE, 0, 1, "ready")))
+        node.services.clients.on_deployment(make_table(2, (ENGINE, 0, 1, "ready")))
         assert isinstance(await engine.receive(), Hello)
         yield engine
     finally:

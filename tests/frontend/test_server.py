@@ -13,14 +13,15 @@ from aiohttp import ClientSession
 from engine.wire import Abort
 from frontend.app import MAX_BODY_BYTES
 from frontend.errors import EngineUnavailable
-from frontend.serving import Serving
+from frontend.services import Services
 from metrics.catalogue import API_SERVER, ENGINE
+from tests.fakes import fake_asked
 from tests.frontend.deployments import COMPLETION, Node, ask, engine_of, finish, make_table, one, output, total, until
 
 
-def without_facts(node: Node) -> Serving:
+def without_facts(node: Node) -> Services:
     """As it is before an engine has said what it serves."""
-    serving, node.state.serving = node.state.serving, None
+    serving, node.state.services = node.state.services, None
     assert serving is not None
     return serving
 
@@ -50,16 +51,16 @@ async def test_what_runs_and_which_version_is_told_from_the_start(deploy: Any):
 async def test_health_is_200_only_while_an_engine_is_ready(deploy: Any):
     node = await one(deploy)
     assert (await ask(node, "GET", "/health"))[0] == 503
-    node.serving.clients.on_deployment(make_table(2, (ENGINE, 0, 1, "ready")))
+    node.services.clients.on_deployment(make_table(2, (ENGINE, 0, 1, "ready")))
     assert (await ask(node, "GET", "/health"))[0] == 200
     assert (await ask(node, "POST", "/ping"))[0] == 200
-    node.serving.clients.on_deployment(make_table(3, (ENGINE, 0, 1, "ended")))
+    node.services.clients.on_deployment(make_table(3, (ENGINE, 0, 1, "ended")))
     assert (await ask(node, "GET", "/health"))[0] == 503
 
 
 async def test_the_deployment_says_who_exports_which_engine_at_which_term(deploy: Any):
     node = await one(deploy)
-    await until(lambda: node.serving.exporter.engines[0].grant is not None)
+    await until(lambda: node.services.exporter.engines[0].grant is not None)
     _, body, _ = await ask(node, "GET", "/deployment")
     grant = body["exporters"][0]["grant"]
     assert (grant["api_server"], grant["incarnation"], grant["term"]) == (0, 1, [1, 1])
@@ -112,7 +113,7 @@ async def test_http_answers_are_counted_by_template_and_status_routes_are_not(de
         ("GET", "/v1/models", "2xx"): 1,
         ("GET", "/v1/models", "4xx"): 1,
         ("POST", "/v1/completions", "4xx"): 1,
-        ("GET", "other", "4xx"): 2,
+        ("GET", "none", "4xx"): 2,
     }
     assert total(samples, "http_request_duration_seconds_count") == 5
     assert total(samples, "http_request_duration_highr_seconds_count") == 5
@@ -131,7 +132,7 @@ async def test_the_sizes_of_requests_and_answers_are_what_their_content_length_s
 async def test_a_request_without_an_engine_is_refused_and_counted_as_such(deploy: Any):
     node = await one(deploy)
     with pytest.raises(EngineUnavailable):
-        await node.serving.clients.submit([1], None, n=1, priority=0, arrived_at=0.0)  # type: ignore[arg-type]
+        node.services.clients.submit([1], fake_asked())
     status, body, headers = await ask(node, "POST", "/v1/completions", json=COMPLETION)
     assert (status, body["error"]["code"], headers["Retry-After"]) == (503, "engine_unavailable", "1")
     samples = await node.scrape()
@@ -145,10 +146,10 @@ async def test_a_commit_that_fails_costs_no_answer_and_is_counted(deploy: Any):
     def full() -> None:
         raise OSError("no space left on device")
 
-    commit, node.serving.group._commit = node.serving.group._commit, full
+    commit, node.services.group._commit = node.services.group._commit, full
     assert (await ask(node, "GET", "/v1/models"))[0] == 200
-    node.serving.group._commit = commit
-    node.serving.group.now()
+    node.services.group._commit = commit
+    node.services.group.now()
     samples = await node.scrape()
     assert (total(samples, "wholebatch:bulkhead_errors_total", where="commit") or 0) >= 1
     assert total(samples, "http_requests_total", handler="/v1/models", status="2xx") == 1
@@ -156,7 +157,7 @@ async def test_a_commit_that_fails_costs_no_answer_and_is_counted(deploy: Any):
 
 async def test_a_scrape_that_fails_is_counted_and_the_next_one_answers(deploy: Any):
     node = await one(deploy)
-    scrape = node.serving.scrape
+    scrape = node.services.scrape
     shared_parts = scrape._shared_parts
 
     def fail(asked: object) -> NoReturn:
@@ -165,7 +166,7 @@ async def test_a_scrape_that_fails_is_counted_and_the_next_one_answers(deploy: A
     scrape._shared_parts = fail  # type: ignore[method-assign]
     assert (await ask(node, "GET", "/metrics"))[0] == 500
     scrape._shared_parts = shared_parts  # type: ignore[method-assign]
-    node.serving.group.now()
+    node.services.group.now()
     assert total(await node.scrape(), "wholebatch:bulkhead_errors_total", where="scrape") == 1
 
 
@@ -214,7 +215,7 @@ async def test_an_engine_that_ends_midway_is_an_honest_503(deploy: Any):
         asking = asyncio.create_task(ask(node, "POST", "/v1/completions", json=COMPLETION))
         (submit,) = await engine.receive_submits(1)
         await engine.send(output(submit, 0, [ord("h")]))
-    node.serving.clients.on_deployment(make_table(3, (ENGINE, 0, 1, "ended")))
+    node.services.clients.on_deployment(make_table(3, (ENGINE, 0, 1, "ended")))
     status, body, _ = await asking
     samples = await node.scrape()
     assert (status, body["error"]["code"]) == (503, "engine_lost")

@@ -71,7 +71,9 @@ def play(tallies: tuple[Tally, list[Tally]], engine: int, draw: st.DrawFn) -> No
         count(mine, "vllm:prompt_tokens_cached_total", found)
         count(mine, "vllm:prompt_tokens_by_source_total", computed, source="local_compute")
         count(mine, "vllm:prompt_tokens_by_source_total", found, source="local_cache_hit")
-        count(mine, "vllm:prefix_cache_hits_total", found + draw(st.integers(0, 1)))
+        hits = found + draw(st.integers(0, 1))
+        count(mine, "vllm:prefix_cache_hits_total", hits)
+        count(mine, "vllm:prompt_tokens_cached_by_source_total", hits, source="device")
     for server in servers:
         num_accepted, num_lost = draw_amount(), draw(st.integers(0, 2))
         count(server, "wholebatch:sequences_submitted_total", num_accepted + num_lost, engine=str(engine))
@@ -168,9 +170,12 @@ def is_part_missed(law: Law, cell: tuple[str, LabelSet]) -> bool:
 @given(books, st.integers(1, 100))
 def test_more_cached_tokens_than_were_found_are_caught(book: Book, missing: int) -> None:
     hits = key("vllm:prefix_cache_hits_total")
+    by_tier = key("vllm:prompt_tokens_cached_by_source_total", source="device")
     cached = book[key("vllm:prompt_tokens_by_source_total", source="local_cache_hit")]
-    assert "prompt_tokens" in violated(check({**book, hits: cached - missing}, idle=True))
-    assert not violated(check({**book, hits: cached + missing}, idle=True))  # found, then aborted in prefill
+    few, many = ({**book, hits: found, by_tier: found} for found in (cached - missing, cached + missing))
+    assert "prompt_tokens" in violated(check(few, idle=True))
+    assert not violated(check(many, idle=True))  # found, then aborted in prefill
+    assert "prompt_tokens" in violated(check({**many, by_tier: cached + missing - 1}, idle=True))
 
 
 @costly
@@ -430,6 +435,14 @@ def test_a_server_that_is_no_deployment_is_one_clear_line_and_exit_code_2(serve,
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
     assert url in captured.err
+
+
+def test_a_deployment_that_exports_no_counters_is_said_to_be_one(serve, capsys) -> None:
+    url = serve('wholebatch:exporter_up{engine="0"} 1.0\nvllm:num_requests_running{engine="0"} 0.0\n').url
+    assert audit.main(["--url", url]) == 2
+    said = capsys.readouterr().err
+    assert "--disable-log-stats" in said
+    assert "no series" not in said
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1", "ftp://x", "http://", "no such://"])

@@ -26,6 +26,7 @@ class _DecodeGroup:
     rows: torch.Tensor | None  # (group) token rows; None: all rows, in order
     blocks: torch.Tensor  # (group * num_blocks), padded with block 0
     mask: torch.Tensor | None  # (group, 1, 1, num_blocks * block_size), 0 or -inf; None: nothing to hide
+    hidden: torch.Tensor | None  # the hidden ones among the (group * num_blocks * block_size) positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +93,14 @@ class TorchKernels:
         for row, (count, index) in enumerate(members):
             blocks[row, :count] = batch.block_tables[index][:count]
         lengths = np.array([batch.lengths[index] for _, index in members])
-        mask = None
+        mask = places = None
         if (lengths != num_blocks * block_size).any():
             hidden = np.arange(num_blocks * block_size) >= lengths[:, None]
             values = np.where(hidden, np.float32(-np.inf), np.float32(0))
             mask = torch.from_numpy(values).to(self._device)[:, None, None, :]
+            places = _indices(np.flatnonzero(hidden), self._device)
         rows = None if is_whole else _indices([batch.query_starts[index] for _, index in members], self._device)
-        return _DecodeGroup(rows, _indices(blocks.ravel(), self._device), mask)
+        return _DecodeGroup(rows, _indices(blocks.ravel(), self._device), mask, places)
 
     # --- attention ---
 
@@ -223,7 +225,10 @@ def _attend_group(q: torch.Tensor, kv_cache: torch.Tensor, group: _DecodeGroup) 
     """One query a sequence. The query heads that share a KV head take the place of query positions."""
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = kv_cache.shape[3]
-    kv = kv_cache.index_select(0, group.blocks).view(num_rows, -1, 2, num_kv_heads, head_dim)
+    kv = kv_cache.index_select(0, group.blocks)
+    if group.hidden is not None:  # P10: a NaN that another sequence left there would pass the mask
+        kv.view(-1, 2 * num_kv_heads * head_dim).index_fill_(0, group.hidden, 0)
+    kv = kv.view(num_rows, -1, 2, num_kv_heads, head_dim)
     kv = kv.permute(2, 0, 3, 1, 4)  # (2, group, num_kv_heads, positions, head_dim)
     grouped = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = None if group.mask is None else group.mask.to(q.dtype)

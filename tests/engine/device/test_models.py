@@ -149,11 +149,11 @@ def naive_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
 
 
 def check_attention(kernels: Kernels, parts: list[Part], num_kv_heads: int, seed: int) -> None:
-    """Whatever else the cache holds, and wherever a sequence's blocks lie."""
+    """Whatever else the cache holds, a faulted sequence's NaN included, and wherever a sequence's blocks lie."""
     num_heads, head_dim = 4, 8
     generator = torch.Generator().manual_seed(seed)
     num_blocks = sum(-(-(p.start + p.num_tokens) // BLOCK_SIZE) for p in parts) + 3
-    cache = torch.randn(num_blocks, BLOCK_SIZE, 2, num_kv_heads, head_dim, generator=generator) * 10
+    cache = torch.full((num_blocks, BLOCK_SIZE, 2, num_kv_heads, head_dim), torch.nan)
     free = torch.randperm(num_blocks, generator=generator).tolist()
     starts, lengths, tables, new, slots, expected = [0], [], [], [], [], []
     for part in parts:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.device.kernels.head import PlainHead
@@ -291,6 +291,7 @@ logit_rows = st.lists(
 )
 
 
+@example(strange=replace(RANDOM, min_tokens=9, logprobs=1), logits=[0.0, 0.0, 0.0, math.nan, 0.0], others=[GREEDY])
 @given(strange=accepted, logits=logit_rows, others=st.lists(accepted, min_size=1, max_size=3))
 def test_whatever_one_sequence_asks_or_gets_it_is_sampled_or_faulted_and_the_others_never_notice(
     strange: SamplingParams, logits: list[float], others: list[SamplingParams]
@@ -322,6 +323,42 @@ def test_a_bug_that_one_sequence_meets_is_its_fault_alone():
     assert "IndexError" in found.fault
     assert [other.fault for other in others] == [None, None]
     assert others[0].token_id == 1
+
+
+def test_neighbours_of_a_bug_get_the_tokens_of_the_whole_batch_to_the_last_bit():
+    head = PlainHead(
+        lambda hidden: hidden.clone() if len(hidden) == 3 else hidden.flip(-1)
+    )  # rounds by batch size, say
+    sampler = Sampler(head, seed=0, eos_token_ids=frozenset({EOS}))
+    rows = [sequence(replace(RANDOM, seed=row, logprobs=3)) for row in range(3)]
+    broken = sequence(replace(RANDOM, min_tokens=50, stop_token_ids=(70_000,)))
+    hidden = torch.arange(15.0).view(3, 5).sin()
+    _, *without = sampler.sample(hidden, rows)
+    found, *others = sampler.sample(hidden, [broken, *rows[1:]])
+    assert found.fault is not None
+    assert others == without
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM])
+def test_a_head_that_fails_is_the_whole_batchs_fault(sampling: SamplingParams):
+    def fail(hidden: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the device is gone")
+
+    sampler = Sampler(PlainHead(fail), seed=0, eos_token_ids=frozenset())
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        sampler.sample(torch.zeros(2, 5), [sequence(sampling)] * 2)
+
+
+def test_large_hidden_states_in_float16_are_no_fault():
+    head = PlainHead(lambda hidden: hidden[:, :5].float())
+    sampler = Sampler(head, seed=0, eos_token_ids=frozenset())
+    hidden = torch.full((2, 4096), 20.0, dtype=torch.float16)  # whose sum float16 cannot hold
+    sound, broken = sampler.sample(hidden.clone().index_fill_(1, torch.tensor([4]), 30.0), [sequence(GREEDY)] * 2)
+    assert (sound.token_id, sound.fault, broken.fault) == (4, None, None)
+    hidden[1, 7] = math.inf
+    sound, broken = sampler.sample(hidden, [sequence(GREEDY)] * 2)
+    assert sound.fault is None
+    assert broken.fault is not None
 
 
 def test_temperatures_below_the_least_count_as_the_least():

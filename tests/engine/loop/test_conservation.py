@@ -64,6 +64,8 @@ def check_laws(engine: Engine) -> None:
     assert value("vllm:prompt_tokens_total") == from_cache + from_compute
     assert value("vllm:prompt_tokens_cached_total") == from_cache
     assert value("vllm:prefix_cache_hits_total") >= from_cache
+    from_device = value("vllm:prompt_tokens_cached_by_source_total", source="device")
+    assert value("vllm:prefix_cache_hits_total") == from_device
     finished = sum(value("wholebatch:sequences_finished_total", finished_reason=r) for r in FINISH_REASONS)
     running, waiting = value("vllm:num_requests_running"), value("vllm:num_requests_waiting")
     assert value("wholebatch:sequences_accepted_total") == finished + running + waiting

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from engine.wire import Finish, Output, Start
 from frontend.api.answer import Answer, Piece
-from frontend.counters.group_commit import GroupCommit
-from frontend.engines.generation import Asked, Generation, SequenceState
+from frontend.engines.generation import Generation, SequenceState
 from frontend.errors import ApiError, EngineLost, GenerationFailed
 from frontend.text.detokenizer import SequenceText, StopStrings
-from tests.fakes import fake_finish, fake_start
+from tests.fakes import fake_asked, fake_finish, fake_group, fake_start
 from tests.frontend.small_tokenizers import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
@@ -74,8 +73,8 @@ class Run:
     def __init__(self, n: int, stops: Sequence[str] = ()) -> None:
         self.books = Books()
         self.num_received = 0
-        group = GroupCommit(lambda: None, lambda error: None)
-        asked = Asked(num_prompt_tokens=1, max_tokens=100, n=n, arrived_at=0.0)
+        group = fake_group(lambda: None)
+        asked = fake_asked(n=n)
         books: Any = self.books
         self.generation = Generation(books, books, group, lambda: 1.0, asked, range(n))
         self.answer = Answer([self.generation], lambda: self._text(stops), n=n)

@@ -10,10 +10,10 @@ import pytest
 from frontend.api.answer import Answer, Piece
 from frontend.api.delivery import Delivery
 from frontend.counters.group_commit import GroupCommit
-from frontend.engines.generation import Asked, Generation
+from frontend.engines.generation import Generation
 from frontend.errors import EngineLost
 from frontend.text.detokenizer import SequenceText, StopStrings
-from tests.fakes import fake_finish, fake_start
+from tests.fakes import fake_asked, fake_finish, fake_group, fake_start
 from tests.frontend.api.test_answer import Books, output_of
 from tests.frontend.small_tokenizers import byte_level_tokenizer
 
@@ -25,7 +25,7 @@ class Client:
 
     def __init__(self, group: GroupCommit, log: list[str], name: str = "") -> None:
         self.books = Books()
-        asked = Asked(num_prompt_tokens=1, max_tokens=100, n=1, arrived_at=0.0)
+        asked = fake_asked(n=1)
         books = self.books
         self.generation = Generation(books, books, group, lambda: 1.0, asked, [0])  # type: ignore[arg-type]
         text = SequenceText(TOKENIZER.detokenizer(), StopStrings([]))
@@ -35,7 +35,7 @@ class Client:
         self.takes_more = True
         self.fault: Exception | None = None
         self.sink_fault: Exception | None = None
-        self.delivery = Delivery(self.answer, self._say)
+        self.delivery = Delivery(self.answer, group, self._say)
 
     def arrive(self, text: str, reason: str | None = None) -> None:
         sequence = self.generation.sequences[0]
@@ -60,7 +60,7 @@ class Client:
 
 def make(num: int = 1) -> tuple[list[Client], list[str]]:
     log: list[str] = []
-    group = GroupCommit(lambda: log.append("commit"), lambda error: None)
+    group = fake_group(lambda: log.append("commit"))
     return [Client(group, log, str(number) if num > 1 else "") for number in range(num)], log
 
 

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from engine.wire import TokenLogprobs
 from frontend.api.answer import Answer, Piece
-from frontend.api.openai import OpenAIService, add_routes
+from frontend.api.openai import OpenAIService, routes
 from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests, error_middleware
+from frontend.routes import mount
 from frontend.text.detokenizer import SequenceText, StopStrings
 from tests.fakes import FakeClients, FakeDelta, FakeGeneration, fake_finish, fake_start
 from tests.frontend.small_tokenizers import END, START, byte_level_tokenizer
@@ -43,6 +44,7 @@ def says(text: str, *, reason: str = "length", index: int = 0, cached: int = 0) 
 def application(clients: FakeClients) -> web.Application:
     service = OpenAIService(
         clients=clients,
+        group=clients.group,
         tokenizer=TOKENIZER,
         served_model_names=["tiny", "alias/tiny"],
         max_model_len=64,
@@ -50,7 +52,7 @@ def application(clients: FakeClients) -> web.Application:
         created_unix=1,
     )
     app = web.Application(middlewares=[error_middleware], client_max_size=2**20)
-    add_routes(app, lambda: service)
+    mount(app, routes(lambda: service))
     return app
 
 
@@ -465,6 +467,13 @@ async def test_an_engine_lost_in_a_stream_is_an_event_and_the_end():
     assert clients.log == ["count", "commit", "commit", "close", "commit"]
 
 
+async def test_a_sequence_that_faults_in_a_stream_is_an_event_and_the_end():
+    fault = FakeDelta(0, [], finish=fake_finish("error", message="no token can be sampled"))
+    chunks = await stream(FakeClients([[FakeDelta(0, [ord("a")])], [fault]]), COMPLETIONS, prompt="x")
+    assert texts(chunks[:1]) == ["a"]
+    assert [chunk["error"]["message"] for chunk in chunks[1:]] == ["no token can be sampled"]
+
+
 async def test_an_engine_that_gives_a_request_up_is_an_error_not_an_answer():
     script = [[FakeDelta(0, [], finish=fake_finish("error", message="the KV cache is too small"))]]
     answer = await post(FakeClients(script), COMPLETIONS, 503, prompt="x")
@@ -502,7 +511,7 @@ async def test_a_service_that_is_not_there_yet_says_so():
         raise EngineUnavailable("no engine is ready yet")
 
     app = web.Application(middlewares=[error_middleware])
-    add_routes(app, nothing)
+    mount(app, routes(nothing))
     async with TestClient(TestServer(app)) as http:
         assert (await http.get("/v1/models")).status == 503
         assert (await http.post(COMPLETIONS, json={"prompt": "a"})).status == 503

@@ -46,11 +46,11 @@ class Socket:
 async def test_a_heartbeat_that_cannot_be_sent_is_counted_and_the_next_ones_keep_the_grant(deploy: Any):
     deployed = await deploy(1)
     node = await held(deployed)
-    exporter = node.serving.exporter
+    exporter = node.services.exporter
     exporter._beats[0] = Socket(exporter._beats[0])  # type: ignore[call-overload]
     before = deployed.beacons[0].num_heartbeats
     await until(lambda: deployed.beacons[0].num_heartbeats > before + 3)
-    node.serving.group.now()
+    node.services.group.now()
     assert await faults(node, "heartbeat") >= 3
     await until(node.is_exporter)
 
@@ -58,7 +58,7 @@ async def test_a_heartbeat_that_cannot_be_sent_is_counted_and_the_next_ones_keep
 async def test_a_snapshot_that_breaks_its_reader_is_counted_and_the_next_one_is_read(deploy: Any):
     deployed = await deploy(1)
     node = await held(deployed)
-    exporter = node.serving.exporter
+    exporter = node.services.exporter
     on_load, calls = exporter._on_load, 0
 
     def fail_twice(engine: int, load: float) -> None:
@@ -70,7 +70,7 @@ async def test_a_snapshot_that_breaks_its_reader_is_counted_and_the_next_one_is_
 
     exporter._on_load = fail_twice
     await until(lambda: calls > 3)
-    node.serving.group.now()
+    node.services.group.now()
     assert await faults(node, "snapshot") == 2
     assert await held(deployed) is node
 
@@ -82,7 +82,7 @@ async def test_process_figures_that_cannot_be_had_are_counted_and_housekeeping_g
         raise PermissionError("no /proc")
 
     monkeypatch.setattr(ProcessMetrics, "update", fail)
-    monkeypatch.setattr("frontend.serving.HOUSEKEEPING_S", 0.01)
+    monkeypatch.setattr("frontend.services.HOUSEKEEPING_S", 0.01)
     deployed = await deploy(1)
     node = await held(deployed)
     seen: set[float] = set()
@@ -97,13 +97,13 @@ async def test_a_full_disk_under_a_running_tally_is_counted_and_answers_go_on(de
 
     deployed = await deploy(1)
     node = await held(deployed)
-    commit, node.serving.group._commit = node.serving.group._commit, full
-    node.serving.record.engines[0].received(5)
+    commit, node.services.group._commit = node.services.group._commit, full
+    node.services.record.engines[0].received(5)
     async with asyncio.timeout(10):
-        await node.serving.group.committed()
+        await node.services.group.committed()
     assert (await node.get("/metrics"))[0] == 200
-    node.serving.group._commit = commit
-    node.serving.group.now()
+    node.services.group._commit = commit
+    node.services.group.now()
     samples = await node.scrape()
     assert total(samples, "wholebatch:received_tokens_total") == 5
     assert await faults(node, "commit") >= 1
@@ -112,10 +112,10 @@ async def test_a_full_disk_under_a_running_tally_is_counted_and_answers_go_on(de
 async def test_an_exemplar_that_cannot_be_kept_is_counted_and_what_was_observed_stays(deploy: Any):
     deployed = await deploy(1)
     node = await held(deployed)
-    assert node.serving._exemplars is not None
-    node.serving._exemplars.close()
-    node.serving.record.engines[0].first_token(0.25, Origin("request_id", "cmpl-1"))
-    node.serving.group.now()
+    assert node.services._exemplars is not None
+    node.services._exemplars.close()
+    node.services.record.engines[0].first_token(0.25, Origin("request_id", "cmpl-1"))
+    node.services.group.now()
     assert await faults(node, "record") == 1
     assert total(await node.scrape(), "vllm:time_to_first_token_seconds_count") == 1
 
@@ -123,17 +123,17 @@ async def test_an_exemplar_that_cannot_be_kept_is_counted_and_what_was_observed_
 async def test_a_value_that_is_none_costs_no_request_and_no_other_figure(deploy: Any):
     deployed = await deploy(1)
     node = await held(deployed)
-    record = node.serving.record.engines[0]
+    record = node.services.record.engines[0]
     record.first_token(float("nan"))
     record.first_token(-1.0)
     record.first_token(0.5)
-    node.serving.group.now()
+    node.services.group.now()
     samples = await node.scrape()
     assert total(samples, "vllm:time_to_first_token_seconds_count") == 1
     assert total(samples, "vllm:time_to_first_token_seconds_sum") == 0.5
     assert await faults(node, "record") == 2
     with pytest.raises(TallyError):
-        node.serving._store.tally.inc(0, float("nan"))
+        node.services._store.tally.inc(0, float("nan"))
 
 
 @pytest.mark.parametrize("jump_s", [-1e8, 1e8])
@@ -152,6 +152,6 @@ async def test_garbage_on_the_snapshot_socket_is_counted_and_dropped(deploy: Any
     deployed = await deploy(1)
     node = await held(deployed)
     deployed.beacons[0].publish(b"\xc1 no snapshot")
-    rejected = node.serving.record._layout.cell("wholebatch:wire_rejected_total", kind="snapshot")
-    await until(lambda: node.serving._store.tally.cells[rejected] == 1)
+    rejected = node.services.record._layout.cell("wholebatch:wire_rejected_total", kind="snapshot")
+    await until(lambda: node.services._store.tally.cells[rejected] == 1)
     assert await held(deployed) is node

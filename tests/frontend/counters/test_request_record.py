@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from dataclasses import dataclass
 
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 
 from frontend.counters.group_commit import GroupCommit
 from frontend.counters.request_record import EngineTimes, FinishedRequest, HTTPAnswer, RequestRecord
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER
 from metrics.files.exemplars import Origin
 from metrics.layout import Histogram, Layout, Shape, build_layout
 from metrics.tally import GaugesOnly, Tally
+from tests.fakes import fake_group
 
 NUM_ENGINES = 2
 LAYOUT = build_layout(API_SERVER, Shape(num_engines=NUM_ENGINES, num_api_servers=4, max_model_len=2048))
@@ -129,7 +132,7 @@ def test_http_answers_count_by_template_and_class_and_nothing_else_makes_a_serie
     record.answered(HTTPAnswer(method="POST", handler="/v1/completions", status=200, seconds=0.5, **sizes))
     record.answered(HTTPAnswer(method="BREW", handler="/v1/nobody/knows/17", status=418, seconds=0.5))
     assert cell(tally, "http_requests_total", method="POST", handler="/v1/completions", status="2xx") == 1
-    assert cell(tally, "http_requests_total", method="other", handler="other", status="4xx") == 1
+    assert cell(tally, "http_requests_total", method="other", handler="none", status="4xx") == 1
     name = "http_request_duration_seconds"
     assert observed(tally, name, method="POST", handler="/v1/completions") == (1, 0.5)
     assert observed(tally, "http_request_duration_highr_seconds") == (2, 1.0)
@@ -261,8 +264,7 @@ class Commits:
 
 async def test_everybody_who_waits_in_one_tick_shares_one_commit():
     commits = Commits()
-    faults: list[Exception] = []
-    group = GroupCommit(commits, faults.append)
+    group = fake_group(commits)
     await asyncio.gather(*(group.committed() for _ in range(50)))
     assert commits.num == 1
     await group.committed()
@@ -270,7 +272,7 @@ async def test_everybody_who_waits_in_one_tick_shares_one_commit():
 
 
 async def test_a_waiter_that_is_cancelled_takes_nobody_with_it():
-    group = GroupCommit(Commits(), lambda error: None)
+    group = fake_group(Commits())
     first, second = asyncio.ensure_future(group.committed()), asyncio.ensure_future(group.committed())
     await asyncio.sleep(0)
     first.cancel()
@@ -280,8 +282,8 @@ async def test_a_waiter_that_is_cancelled_takes_nobody_with_it():
 
 async def test_a_commit_that_fails_is_reported_and_nobody_who_waits_learns_of_it():
     commits = Commits()
-    faults: list[Exception] = []
+    faults: list[str] = []
     commits.fails = True
-    group = GroupCommit(commits, faults.append)
+    group = GroupCommit(commits, Bulkhead(faults.append, logging.getLogger(__name__)))
     await group.committed()
-    assert [str(fault) for fault in faults] == ["no space left on device"]
+    assert faults == ["commit"]

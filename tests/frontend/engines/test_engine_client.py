@@ -13,19 +13,39 @@ import pytest
 from engine import wire
 from engine.wire import Abort, Goodbye, Hello, SamplingParams
 from engine.wire.deployment import Deployment, ProcessEntry
-from frontend.counters.group_commit import GroupCommit
 from frontend.counters.request_record import RequestRecord
 from frontend.engines import engine_client
-from frontend.engines.engine_client import Delta, EngineClients, Generation, Identity
-from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests
+from frontend.engines.engine_client import EngineClients, Identity
+from frontend.engines.generation import Asked, Delta, Generation
+from frontend.errors import ApiError, EngineLost, EngineUnavailable, TooManyRequests
 from metrics.catalogue import API_SERVER, ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
 from tests.contexts import OwningContext
+from tests.fakes import fake_asked, fake_group
 from tests.frontend.deployments import START, FakeEngine, deltas_of, finish, output, until
 
 LAYOUT = build_layout(API_SERVER, Shape(num_engines=1, num_api_servers=1, max_model_len=2048))
 SAMPLING = SamplingParams(max_tokens=8)
+
+
+class Watcher:
+    """Observes one request, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def refused(self, error: ApiError) -> None:
+        self.told.append(f"refused {error.code}")
+
+    def arrived(self, at: float) -> None:
+        self.told.append(f"arrived {at}")
+
+    def finished(self) -> None:
+        self.told.append("finished")
+
+    def closed(self, generation: Generation) -> None:
+        self.told.append(f"closed {generation.num_delivered}")
 
 
 class Bench:
@@ -38,9 +58,21 @@ class Bench:
         self.num_commits = 0
         self.committed = list(self.tally.cells)
         self.record = RequestRecord(self.tally, LAYOUT, 1)
-        group = GroupCommit(self._commit, lambda error: None)
-        self.clients = EngineClients(self.context, directory, Identity(index=0, incarnation=1), self.record, group)
+        self.group = fake_group(self._commit)
+        self.observers: list[Watcher] = []
+        self.clients = EngineClients(
+            self.context,
+            directory,
+            Identity(index=0, incarnation=1),
+            self.record,
+            self.group,
+            observe=self._observe,
+        )
         self._version = 0
+
+    def _observe(self, asked: Asked) -> Watcher:
+        self.observers.append(Watcher())
+        return self.observers[-1]
 
     def _commit(self) -> None:
         self.num_commits += 1
@@ -66,7 +98,7 @@ class Bench:
             engine.close()
 
     async def submit(self, n: int = 1, sampling: SamplingParams = SAMPLING) -> Generation:
-        return await self.clients.submit([1, 2, 3], sampling, n=n, priority=0, arrived_at=0.0)
+        return self.clients.submit([1, 2, 3], fake_asked(num_prompt_tokens=3, sampling=sampling, n=n))
 
     def count(self, name: str, **labels: str) -> float:
         return self.tally.cells[LAYOUT.cell(name, engine="0", **labels)]
@@ -187,7 +219,7 @@ async def test_a_whole_answer_is_received_counted_and_observed_once(bench: Bench
         assert deltas[-1].finish == finish()
         generation.delivered(3)
         generation.finish()
-        await generation.committed()
+        await bench.group.committed()
         generation.close()
         assert bench.tokens() == {"received": 3, "delivered": 3}
         assert (bench.ended("length"), bench.success("length"), bench.in_flight()) == (1, 1, 0)
@@ -379,3 +411,26 @@ async def test_bytes_that_are_no_message_are_counted_and_dropped(bench: Bench, r
         assert [d.token_ids for d in await read(generation)] == [[7]]
         generation.close()
         assert bench.tally.cells[LAYOUT.cell("wholebatch:wire_rejected_total", kind="from_engine")] == 1
+
+
+async def test_an_observer_is_told_of_a_requests_tokens_and_end_each_once(bench: Bench):
+    async with bench.engine() as engine:
+        generation = await bench.submit()
+        (submit,) = await engine.receive_submits(1)
+        await engine.send(output(submit, 0, [7]), at=2.0)
+        await engine.send(output(submit, 1, [8], finish()), at=2.5)
+        await read(generation)
+        generation.delivered(2)
+        generation.finish()
+        generation.finish()
+        generation.close()
+        generation.close()
+    (observer,) = bench.observers
+    assert observer.told == ["arrived 2.0", "arrived 2.5", "finished", "closed 2"]
+
+
+async def test_an_observer_of_a_request_that_no_engine_takes_is_told_so(bench: Bench):
+    with pytest.raises(EngineUnavailable):
+        await bench.submit()
+    (observer,) = bench.observers
+    assert observer.told == ["refused engine_unavailable"]

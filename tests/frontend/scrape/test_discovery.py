@@ -17,13 +17,13 @@ def test_every_admin_port_every_engine_and_the_other_processes_are_a_target_each
         for group in targets(config, "inference.example:8000")
     ]
     assert found == [
-        (["127.0.0.1:9001"], "/metrics/own", "api-server-0"),
-        (["inference.example:9002"], "/metrics/own", "api-server-1"),
-        (["inference.example:9003"], "/metrics/own", "api-server-2"),
-        (["[::1]:9004"], "/metrics/own", "api-server-3"),
-        (["inference.example:8000"], "/metrics/engine/0", "engine-0"),
-        (["inference.example:8000"], "/metrics/engine/1", "engine-1"),
-        (["inference.example:8000"], "/metrics/processes", "processes"),
+        (["127.0.0.1:9001"], "/metrics/own", "inference.example:8000/api-server-0"),
+        (["inference.example:9002"], "/metrics/own", "inference.example:8000/api-server-1"),
+        (["inference.example:9003"], "/metrics/own", "inference.example:8000/api-server-2"),
+        (["[::1]:9004"], "/metrics/own", "inference.example:8000/api-server-3"),
+        (["inference.example:8000"], "/metrics/engine/0", "inference.example:8000/engine-0"),
+        (["inference.example:8000"], "/metrics/engine/1", "inference.example:8000/engine-1"),
+        (["inference.example:8000"], "/metrics/processes", "inference.example:8000/processes"),
     ]
 
 
@@ -42,4 +42,14 @@ def test_every_admin_port_every_engine_and_the_other_processes_are_a_target_each
 )
 def test_the_public_address_is_the_one_asked_for_if_it_is_one(asked: str, public: str):
     config = make_config("/run/x", host="0.0.0.0")
-    assert targets(config, asked)[-1]["targets"] == [public]
+    assert targets(config, asked)[-1] == {
+        "targets": [public],
+        "labels": {"__metrics_path__": "/metrics/processes", "instance": f"{public}/processes"},
+    }
+
+
+def test_no_two_deployments_share_an_instance():
+    config = make_config("/run/x", num_api_servers=2, num_engines=2, admin_addresses=ADMIN[:2])
+    here, there = ({group["labels"]["instance"] for group in targets(config, host)} for host in ("a:8000", "a:8001"))
+    assert len(here) == len(there) == 5
+    assert not here & there

@@ -47,9 +47,9 @@ async def test_admin_ports_sum_to_the_public_port(deploy: Any):
         beacon.tally.inc(beacon.layout.cell(GENERATED), 10 + engine)
     for index, node in enumerate(deployed.nodes):
         for engine in range(2):
-            node.serving.record.engines[engine].received(index + 1)
-            node.serving.record.engines[engine].first_token(0.25)
-        node.serving.group.now()
+            node.services.record.engines[engine].received(index + 1)
+            node.services.record.engines[engine].first_token(0.25)
+        node.services.group.now()
     await exporter(deployed, 0)
     await exporter(deployed, 1)
     whole = await deployed.nodes[2].scrape()
@@ -65,7 +65,7 @@ async def test_admin_ports_sum_to_the_public_port(deploy: Any):
 async def test_process_series_are_labelled_on_the_public_port_and_not_on_an_admin_port(deploy: Any):
     deployed = await deploy(2)
     node = deployed.nodes[1]
-    await until(lambda: deployed.nodes[0].serving.scrape.own(PLAIN).count(b"process_open_fds 0.0") == 0)
+    await until(lambda: deployed.nodes[0].services.scrape.own(PLAIN).count(b"process_open_fds 0.0") == 0)
     name = "process_resident_memory_bytes"
     whole = await node.scrape()
     assert {dict(labels)["process"] for have, labels in whole if have == name} == {"api-server-0", "api-server-1"}
@@ -79,7 +79,7 @@ async def test_an_exporter_that_resigns_exports_no_more_and_another_does_without
     deployed = await deploy(2)
     old = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not old]
-    old.serving.exporter.resign()
+    old.services.exporter.resign()
     assert not old.is_exporter()
     assert total(await other.scrape(), GENERATED) == 0
     assert other.is_exporter()
@@ -102,7 +102,7 @@ async def test_a_silent_engine_is_absent_and_not_told_from_memory(deploy: Any):
 async def test_a_lease_that_runs_out_while_the_answer_is_written_takes_its_series_out_of_it(deploy: Any):
     deployed = await deploy(1)
     node = await exporter(deployed)
-    scrape = node.serving.scrape
+    scrape = node.services.scrape
     num_looks = 0
 
     def clock() -> float:
@@ -120,7 +120,7 @@ async def end_of_broadcasts(deployed: Any) -> None:
     """From here on snapshots come only by a test's hand; all have heard the last one."""
     deployed.pause_beacons()
     last = deployed.beacons[0].turn()
-    await until(lambda: all(node.serving.exporter.engines[0].holder.snapshot == last for node in deployed.nodes))
+    await until(lambda: all(node.services.exporter.engines[0].holder.snapshot == last for node in deployed.nodes))
 
 
 async def test_who_has_just_started_waits_for_an_engines_first_snapshot(deploy: Any):
@@ -128,9 +128,9 @@ async def test_who_has_just_started_waits_for_an_engines_first_snapshot(deploy: 
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
     await end_of_broadcasts(deployed)
-    other.serving.exporter.engines[0] = EngineView(Holder(deployed.nodes.index(other), 1, 0.6), boottime())
-    assert other.serving.exporter.look(0) is None
-    asking = asyncio.create_task(other.serving.exporter.series(0))
+    other.services.exporter.engines[0] = EngineView(Holder(deployed.nodes.index(other), 1, 0.6), boottime())
+    assert other.services.exporter.look(0) is None
+    asking = asyncio.create_task(other.services.exporter.series(0))
     await asyncio.sleep(0)  # it has looked
     deployed.beacons[0].turn()
     assert await asking is not None
@@ -142,15 +142,15 @@ async def test_who_heard_more_than_the_exporter_exports_what_the_exporter_does(d
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
     await end_of_broadcasts(deployed)
-    held = holder.serving.exporter.held(0)
+    held = holder.services.exporter.held(0)
     assert held is not None
     beacon.tally.inc(beacon.layout.cell(GENERATED), 42)
     ahead = beacon.turn()
-    other.serving.exporter._on_snapshot(ahead)
-    assert (await other.serving.exporter.series(0)) == held
-    holder.serving.exporter._on_snapshot(ahead)
-    found = await other.serving.exporter.series(0)
-    assert found == holder.serving.exporter.held(0)
+    other.services.exporter._on_snapshot(ahead)
+    assert (await other.services.exporter.series(0)) == held
+    holder.services.exporter._on_snapshot(ahead)
+    found = await other.services.exporter.series(0)
+    assert found == holder.services.exporter.held(0)
     assert found is not None
     assert found.snapshot == ahead
 
@@ -160,15 +160,15 @@ async def test_who_heard_less_than_the_exporter_waits_for_it(deploy: Any):
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
     await end_of_broadcasts(deployed)
-    behind = other.serving.exporter.engines[0]
-    other.serving.exporter._reader._on_messages = lambda messages: None
+    behind = other.services.exporter.engines[0]
+    other.services.exporter._reader._on_messages = lambda messages: None
     ahead = deployed.beacons[0].turn()
-    await until(lambda: holder.serving.exporter.engines[0].holder.snapshot == ahead)
+    await until(lambda: holder.services.exporter.engines[0].holder.snapshot == ahead)
     assert behind.grant is not None
-    assert other.serving.exporter.look(0) is None
-    asking = asyncio.create_task(other.serving.exporter.series(0))
+    assert other.services.exporter.look(0) is None
+    asking = asyncio.create_task(other.services.exporter.series(0))
     await asyncio.sleep(0)  # it has looked
-    other.serving.exporter._on_snapshot(ahead)
+    other.services.exporter._on_snapshot(ahead)
     found = await asking
     assert found is not None
     assert found.snapshot == ahead
@@ -178,43 +178,43 @@ async def test_what_an_exporter_that_is_frozen_holds_is_not_exported_longer_than
     deployed = await deploy(2)
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
-    await until(lambda: other.serving.exporter.look(0) is not None)
+    await until(lambda: other.services.exporter.look(0) is not None)
     deployed.pause_beacons()
-    found = other.serving.exporter.look(0)
+    found = other.services.exporter.look(0)
     assert found is not None
     for expires_at, is_exported in ((boottime() + 10, True), (boottime(), False)):
-        holder.serving.exporter._writer.hold(0, Held(found.snapshot.position, expires_at))
-        assert (other.serving.exporter.look(0) is not None) == is_exported
+        holder.services.exporter._writer.hold(0, Held(found.snapshot.position, expires_at))
+        assert (other.services.exporter.look(0) is not None) == is_exported
 
 
 async def test_an_exporter_that_has_ended_is_not_read(deploy: Any):
     deployed = await deploy(2)
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
-    await until(lambda: other.serving.exporter.look(0) is not None)
+    await until(lambda: other.services.exporter.look(0) is not None)
     deployed.pause_beacons()
-    holder.serving.exporter._writer.close()
-    assert other.serving.exporter.look(0) is None
+    holder.services.exporter._writer.close()
+    assert other.services.exporter.look(0) is None
 
 
 async def test_what_is_held_at_an_older_term_than_what_is_known_is_refused(deploy: Any):
     deployed = await deploy(2)
     holder = await exporter(deployed)
     (other,) = [node for node in deployed.nodes if node is not holder]
-    await until(lambda: other.serving.exporter.look(0) is not None)
+    await until(lambda: other.services.exporter.look(0) is not None)
     await end_of_broadcasts(deployed)
-    newest = other.serving.exporter.engines[0].holder.snapshot
+    newest = other.services.exporter.engines[0].holder.snapshot
     assert newest is not None
     assert newest.grant is not None
     term = (newest.grant.term[0], newest.grant.term[1] + 1)
     newer = replace(newest, sequence=newest.sequence + 1, grant=replace(newest.grant, term=term))
-    other.serving.exporter._on_snapshot(newer)
-    assert other.serving.exporter.look(0) is None
+    other.services.exporter._on_snapshot(newer)
+    assert other.services.exporter.look(0) is None
 
 
 async def test_the_snapshots_remembered_are_bounded(deploy: Any):
     deployed = await deploy(1)
-    view = (await exporter(deployed)).serving.exporter.engines[0]
+    view = (await exporter(deployed)).services.exporter.engines[0]
     await until(lambda: len(view._latest) == MAX_REMEMBERED)
     first = view._latest[0]
     await until(lambda: view.snapshot_at(first.position) is None)
@@ -242,8 +242,8 @@ async def test_openmetrics_is_written_for_who_asks_for_it_with_names_as_they_are
 async def test_gauges_of_an_ended_api_server_are_left_out_and_its_counters_stay(deploy: Any):
     deployed = await deploy(2)
     for node in deployed.nodes:
-        node.serving.record.engines[0].submitted()
-        node.serving.group.now()
+        node.services.record.engines[0].submitted()
+        node.services.group.now()
     watching = deployed.nodes[0]
     assert await watching.get("/load") == (200, '{"server_load": 2}')
     watching.state.view.table = make_table(2, (API_SERVER, 0, 1, "ready"), (API_SERVER, 1, 1, "ended"))
@@ -260,8 +260,8 @@ async def test_process_series_are_as_new_as_the_last_commit_and_without_gauges_o
     before = total(await watching.scrape(), "wholebatch:bulkhead_errors_total", **faults)
     assert before is not None
     for number in range(1, 4):
-        other.serving.record.fault("heartbeat")
-        other.serving.group.now()
+        other.services.record.fault("heartbeat")
+        other.services.group.now()
         assert total(await watching.scrape(), "wholebatch:bulkhead_errors_total", **faults) == before + number
     watching.state.view.table = make_table(2, (API_SERVER, 0, 1, "ready"), (API_SERVER, 1, 1, "ended"))
     samples = await watching.scrape()
@@ -278,6 +278,6 @@ async def test_snapshots_that_do_not_parse_are_counted_and_change_nothing(deploy
     deployed = await deploy(1)
     node = await exporter(deployed)
     deployed.beacons[0].publish(raw)
-    cell = node.serving.record._layout.cell("wholebatch:wire_rejected_total", kind="snapshot")
-    await until(lambda: node.serving.record._tally.cells[cell] == 1)
+    cell = node.services.record._layout.cell("wholebatch:wire_rejected_total", kind="snapshot")
+    await until(lambda: node.services.record._tally.cells[cell] == 1)
     assert total(await node.scrape(), GENERATED) == 0

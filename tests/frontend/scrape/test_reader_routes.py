@@ -45,7 +45,7 @@ async def exported(deployed: Deployed) -> None:
     """Every engine has its exporter, and every node has heard of it."""
     for engine in range(deployed.num[1]):
         await until(lambda engine=engine: any(node.is_exporter(engine) for node in deployed.nodes))  # type: ignore[misc]
-    await until(lambda: all(len(node.serving.exporter.heard()) == deployed.num[1] for node in deployed.nodes))
+    await until(lambda: all(len(node.services.exporter.heard()) == deployed.num[1] for node in deployed.nodes))
 
 
 async def busy(deploy: Any, **changes: Any) -> Deployed:
@@ -56,10 +56,10 @@ async def busy(deploy: Any, **changes: Any) -> Deployed:
         for name, value in (("num_requests_running", 3), ("num_requests_waiting", 2), ("kv_cache_usage_perc", 0.25)):
             beacon.tally.set(beacon.layout.cell(f"vllm:{name}"), value * (engine + 1))
     for index, node in enumerate(deployed.nodes):
-        for record in node.serving.record.engines:
+        for record in node.services.record.engines:
             record.received(index + 1)
             record.first_token(0.25)
-        node.serving.group.now()
+        node.services.group.now()
     await exported(deployed)
     return deployed
 
@@ -87,7 +87,7 @@ async def test_discovered_targets_add_up_to_the_public_port_before_and_after_the
     before = await discovered(deployed.nodes[0])
     for node in deployed.nodes:
         if node.is_exporter(1):
-            node.serving.exporter.resign()
+            node.services.exporter.resign()
             await exported_again(deployed, engine=1)
             break
     after = await discovered(deployed.nodes[2])
@@ -99,7 +99,7 @@ async def test_discovered_targets_add_up_to_the_public_port_before_and_after_the
                 assert sum(parts) == value, (name, labels)
         for engine in ("0", "1"):
             holders = [instance for instance, samples in found.items() if total(samples, GENERATED, engine=engine)]
-            assert holders == [f"engine-{engine}"]
+            assert [one.partition("/")[2] for one in holders] == [f"engine-{engine}"]
 
 
 async def exported_again(deployed: Deployed, engine: int) -> None:
@@ -118,15 +118,16 @@ async def test_the_discovered_series_are_those_of_the_public_port_each_once(depl
 
 async def test_processes_without_a_port_have_a_target_and_api_servers_are_not_in_it(deploy: Any):
     deployed = await busy(deploy)
-    samples = (await discovered(deployed.nodes[0]))["processes"]
+    found = await discovered(deployed.nodes[0])
+    (samples,) = [found[instance] for instance in found if instance.endswith("/processes")]
     assert not any("api-server" in dict(labels).get("process", "") for _, labels in samples)
 
 
 async def test_targets_are_there_before_any_engine_is(deploy: Any):
     node = await one(deploy)
-    node.state.serving, serving = None, node.state.serving
+    node.state.services, serving = None, node.state.services
     assert (await ask(node, "GET", "/prometheus/targets"))[0] == 200
-    node.state.serving = serving
+    node.state.services = serving
 
 
 # --- the pool ---
@@ -151,7 +152,7 @@ async def test_a_silent_engine_is_no_part_of_the_pool(deploy: Any):
     await exported(deployed)
     assert await deployed.nodes[0].scrape("/metrics/pool")
     deployed.pause_beacons()
-    await until(lambda: not deployed.nodes[0].serving.exporter.heard())
+    await until(lambda: not deployed.nodes[0].services.exporter.heard())
     assert await deployed.nodes[0].scrape("/metrics/pool") == {}
 
 
@@ -193,7 +194,7 @@ async def test_the_pools_samples_are_absent_with_the_last_engine_that_is_heard(d
     node = deployed.nodes[0]
     assert total(await node.scrape(), "vllm:num_requests_running") == 0
     deployed.pause_beacons()
-    await until(lambda: not node.serving.exporter.heard())
+    await until(lambda: not node.services.exporter.heard())
     assert not {name for name, _ in await node.scrape()} & POOLED
 
 
@@ -240,7 +241,7 @@ async def test_a_lease_that_runs_out_while_the_answer_is_compressed_takes_its_se
 ):
     deployed = await busy(deploy)
     node = deployed.nodes[0]
-    scrape, body = node.serving.scrape, ScrapeRequest.body
+    scrape, body = node.services.scrape, ScrapeRequest.body
 
     def slow(asked: ScrapeRequest, text: bytes) -> bytes:
         scrape._clock = lambda: float("inf")
@@ -273,7 +274,7 @@ async def test_an_answer_carries_the_pools_figures_where_the_request_asks_for_th
 
 async def test_a_load_report_that_fails_is_counted_and_the_answer_goes_out_without(deploy: Any):
     node = await one(deploy)
-    node.serving.pool.figures = lambda snapshots: [][0]  # type: ignore[method-assign]
+    node.services.pool.figures = lambda snapshots: [][0]  # type: ignore[method-assign]
     async with engine_of(node) as engine:
         headers = {"endpoint-load-metrics-format": "JSON"}
         asking = asyncio.create_task(ask(node, "POST", "/v1/completions", json=COMPLETION, headers=headers))
@@ -281,7 +282,7 @@ async def test_a_load_report_that_fails_is_counted_and_the_answer_goes_out_witho
         await engine.send(output(submit, 0, [ord("h")], finish()))
         status, _, answered = await asking
     assert (status, "endpoint-load-metrics" in answered) == (200, False)
-    node.serving.group.now()
+    node.services.group.now()
     assert total(await node.scrape(), "wholebatch:bulkhead_errors_total", where="scrape") == 1
 
 
@@ -298,18 +299,18 @@ async def test_a_full_queue_is_an_honest_503_whichever_api_server_filled_it(
     deployed = await deploy(2, **limits)
     node, other = deployed.nodes
     for one_of_two, num_sequences in ((node, 1), (other, 2)):
-        record = one_of_two.serving.record.engines[0]
+        record = one_of_two.services.record.engines[0]
         for _ in range(num_sequences):
             record.submitted()
         record.prefilling(1 + num_sequences)
-        one_of_two.serving.group.now()
+        one_of_two.services.group.now()
     async with engine_of(node) as engine:
         status, body, headers = await ask(node, "POST", "/v1/completions", json=COMPLETION)
         assert (status, body["error"]["code"], headers["Retry-After"]) == (503, reason, "1")
         record.prefilling(-1)
         record.ended("stop")
-        other.serving.group.now()
-        node.serving._admission._read_at = float("-inf")  # as after a while: what others have is remembered
+        other.services.group.now()
+        node.services._admission._read_at = float("-inf")  # as after a while: what others have is remembered
         asking = asyncio.create_task(ask(node, "POST", "/v1/completions", json=COMPLETION))
         (submit,) = await engine.receive_submits(1)
         await engine.send(output(submit, 0, [ord("h")], finish()))
@@ -318,3 +319,13 @@ async def test_a_full_queue_is_an_honest_503_whichever_api_server_filled_it(
     assert total(samples, "vllm:admission_rejections_total", reason=reason) == 1
     assert total(samples, "vllm:admission_rejections_total") == 1
     assert total(samples, "wholebatch:sequences_submitted_total") == 4
+
+
+async def test_a_slash_behind_metrics_changes_nothing_on_either_port(deploy: Any):
+    deployed = await busy(deploy)
+    node = deployed.nodes[0]
+    for of_admin in (False, True):
+        answers = [await node.get(path, of_admin=of_admin) for path in ("/metrics", "/metrics/")]
+        assert [status for status, _ in answers] == [200, 200]
+        plain, slashed = ({name for name, _ in parse(text)} for _, text in answers)
+        assert slashed == plain

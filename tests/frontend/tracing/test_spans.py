@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import wire
 from engine.config import StatsConfig
 from engine.wire import Finish, Output, SamplingParams, Start
-from frontend.counters.group_commit import GroupCommit
 from frontend.counters.request_record import RequestRecord
 from frontend.engines.generation import Asked, Generation
 from frontend.errors import EngineLost, TooManyRequests
-from frontend.tracing import spans as tracing
 from frontend.tracing.otlp import DURATIONS, FLUSH_S, Telemetry, signal_url
-from frontend.tracing.spans import Call, Stage, Trace, TracedClients, TracedGeneration, describe
+from frontend.tracing.spans import RequestTrace, Stage, Trace
+from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
+from tests.fakes import fake_asked, fake_group
 from tests.frontend.deployments import make_config, until
 from tests.otlp import Receiver, plain, receiving
 
@@ -49,12 +48,7 @@ class Clock:
 
 
 class Engine:
-    """Takes every request, or none."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.error: Exception | None = None
-        self.generation: Generation | None = None
+    """Where the generations run."""
 
     def abort(self, request_ids: Sequence[int], reason: str) -> None:
         pass
@@ -62,37 +56,34 @@ class Engine:
     def forget(self, request_id: int) -> None:
         pass
 
-    async def submit(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, *, n: int, priority: int, arrived_at: float
-    ) -> Generation:
-        if self.error is not None:
-            raise self.error
-        record = RequestRecord(Tally(LAYOUT), LAYOUT, 1).engines[0]
-        group = GroupCommit(lambda: None, lambda error: None)
-        asked = Asked(num_prompt_tokens=len(prompt_token_ids), max_tokens=8, n=n, arrived_at=arrived_at)
-        self.generation = Generation(self, record, group, self.clock, asked, range(n))
-        return self.generation
-
 
 class Bench:
     """An engine whose clock is `offset_s` ahead of this process's, and the traces that come of it."""
 
     def __init__(self, offset_s: float = 5000.0) -> None:
         self.clock = Clock()
-        self.engine = Engine(self.clock)
+        self.engine = Engine()
         self.offset_s = offset_s
         self.traces: list[Trace] = []
-        self.faults: list[Exception] = []
-        self.clients = TracedClients(
-            clients=self.engine, sink=self.traces.append, on_fault=self.faults.append, clock=self.clock
-        )
+        self.faults: list[str] = []
+        self.bulkhead = Bulkhead(self.faults.append, logging.getLogger(__name__))
+        self.sink: Callable[[Trace], None] = self.traces.append
 
-    async def submit(self, n: int = 1) -> TracedGeneration:
-        return await self.clients.submit([SECRET, SECRET], SAMPLING, n=n, priority=0, arrived_at=self.clock.now)
+    def observer(self, asked: Asked) -> RequestTrace:
+        return RequestTrace(asked, self.sink, self.bulkhead, self.clock)
+
+    def asked(self, n: int = 1) -> Asked:
+        return fake_asked(num_prompt_tokens=2, sampling=SAMPLING, n=n, arrived_at=self.clock.now)
+
+    def submit(self, n: int = 1) -> Generation:
+        asked = self.asked(n)
+        record = RequestRecord(Tally(LAYOUT), LAYOUT, 1).engines[0]
+        group = fake_group(lambda: None)
+        return Generation(self.engine, record, group, self.clock, asked, range(n), self.observer(asked))
 
     async def arrive(
         self,
-        generation: TracedGeneration,
+        generation: Generation,
         made_at: float,
         *,
         delay_s: float = 0.001,
@@ -102,13 +93,11 @@ class Bench:
         reason: str | None = None,
     ) -> None:
         """Tokens made at an instant of this process's clock, seen `delay_s` later."""
-        inner = self.engine.generation
-        assert inner is not None
-        state = inner.sequences[sequence]
+        state = generation.sequences[sequence]
         finish = None if reason is None else Finish(reason, None, "a secret" if reason == "error" else None)
         output = Output(sequence, state.num_tokens, [SECRET] * tokens, None, finish, start)
         self.clock.now = made_at + delay_s
-        inner.on_output(state, output, made_at + self.offset_s)
+        generation.on_output(state, output, made_at + self.offset_s)
         assert generation.take()
 
     def start(self, arrived_at: float, scheduled_at: float, cached: int = 0, preemptions: int = 0) -> Start:
@@ -117,13 +106,12 @@ class Bench:
 
 async def whole(bench: Bench, delays: Sequence[float] = (0.001, 0.001)) -> Trace:
     """A request that arrives at 100, waits 1 s, is prefilled for 2 s, and decodes 3 tokens for 4 s."""
-    generation = await bench.submit()
+    generation = bench.submit()
     start = bench.start(100.0, 101.0, cached=1)
     await bench.arrive(generation, 103.0, delay_s=delays[0], start=start)
     await bench.arrive(generation, 107.0, delay_s=delays[1], tokens=2, reason="length")
     generation.delivered(3)
     generation.finish()
-    await generation.committed()
     generation.close()
     (trace,) = bench.traces
     return trace
@@ -186,7 +174,7 @@ async def test_a_trace_has_the_numbers_of_its_request():
 async def test_no_trace_has_a_word_of_the_prompt_or_of_the_answer():
     bench = Bench()
     await whole(bench)
-    generation = await bench.submit()
+    generation = bench.submit()
     await bench.arrive(generation, 110.0, start=bench.start(108.0, 109.0), reason="error")
     generation.close()
     for trace in bench.traces:
@@ -196,7 +184,7 @@ async def test_no_trace_has_a_word_of_the_prompt_or_of_the_answer():
 
 async def test_of_n_sequences_the_first_and_the_last_bound_the_stages():
     bench = Bench()
-    generation = await bench.submit(n=2)
+    generation = bench.submit(n=2)
     await bench.arrive(generation, 103.0, sequence=1, start=bench.start(100.0, 102.0, preemptions=1))
     await bench.arrive(generation, 104.0, sequence=0, start=bench.start(100.0, 101.0, preemptions=2), reason="stop")
     await bench.arrive(generation, 106.0, sequence=1, reason="length")
@@ -212,7 +200,7 @@ async def test_of_n_sequences_the_first_and_the_last_bound_the_stages():
 
 async def test_a_request_ended_at_a_stop_string_is_whole():
     bench = Bench()
-    generation = await bench.submit()
+    generation = bench.submit()
     await bench.arrive(generation, 103.0, tokens=3, start=bench.start(100.0, 101.0))
     generation.stop(0)
     generation.delivered(2)
@@ -226,7 +214,7 @@ async def test_a_request_ended_at_a_stop_string_is_whole():
 
 async def test_a_client_that_goes_is_an_abort_and_no_failure():
     bench = Bench()
-    generation = await bench.submit()
+    generation = bench.submit()
     await bench.arrive(generation, 103.0, start=bench.start(100.0, 101.0))
     generation.close()
     (trace,) = bench.traces
@@ -237,7 +225,7 @@ async def test_a_client_that_goes_is_an_abort_and_no_failure():
 
 async def test_a_request_that_never_had_a_token_has_no_stages():
     bench = Bench()
-    generation = await bench.submit()
+    generation = bench.submit()
     bench.clock.now = 104.0
     generation.close()
     (trace,) = bench.traces
@@ -247,26 +235,23 @@ async def test_a_request_that_never_had_a_token_has_no_stages():
 
 async def test_a_lost_engine_is_a_failure_that_names_it():
     bench = Bench()
-    generation = await bench.submit()
-    assert bench.engine.generation is not None
-    bench.engine.generation.fail(EngineLost("the engine ended", code="engine_lost"))
+    generation = bench.submit()
+    generation.fail(EngineLost("the engine ended", code="engine_lost"))
     generation.close()
     (trace,) = bench.traces
     assert (trace.error_type, trace.has_failed) == ("engine_lost", True)
 
 
-async def test_a_request_that_is_refused_is_told_and_refused():
+def test_a_request_that_is_refused_is_told():
     bench = Bench()
-    bench.engine.error = TooManyRequests("full", code="queue_full")
-    with pytest.raises(TooManyRequests):
-        await bench.submit()
+    bench.observer(bench.asked()).refused(TooManyRequests("full", code="queue_full"))
     (trace,) = bench.traces
     assert (trace.error_type, trace.stages) == ("queue_full", ())
 
 
 async def test_a_request_is_told_once():
     bench = Bench()
-    generation = await bench.submit()
+    generation = bench.submit()
     generation.close()
     generation.close()
     assert len(bench.traces) == 1
@@ -278,35 +263,23 @@ async def test_a_fault_in_telling_costs_no_request():
     def fail(trace: Trace) -> None:
         raise RuntimeError("no")
 
-    bench.clients.sink = fail
-    generation = await bench.submit()
+    bench.sink = fail
+    bench.submit().close()
+    assert bench.faults == ["tracing"]
+    generation = bench.submit()
+    generation._observer._clock = lambda: 1 / 0  # type: ignore[union-attr]
+    await bench.arrive(generation, 103.0, start=bench.start(100.0, 101.0), reason="length")
+    generation.delivered(1)
+    generation.finish()
     generation.close()
-    bench.engine.error = TooManyRequests("full", code="queue_full")
-    with pytest.raises(TooManyRequests):
-        await bench.submit()
-    assert [str(fault) for fault in bench.faults] == ["no", "no"]
+    bench.faults.clear()
+    bench.sink = fail
+    bench.submit().close()
+    bench.observer(bench.asked()).refused(TooManyRequests("full", code="queue_full"))
+    assert bench.faults == ["tracing", "tracing"]
 
 
-# --- where it comes from ---
-
-
-async def test_the_callers_trace_and_the_routes_words_reach_the_request():
-    bench = Bench()
-
-    async def handler(request: web.Request) -> web.Response:
-        describe("a-model", "chatcmpl-1")
-        (await bench.submit()).close()
-        return web.Response()
-
-    headers = {"traceparent": PARENT, "tracestate": "a=b", "Authorization": "Bearer secret"}
-    await tracing.middleware(make_mocked_request("POST", "/v1/chat/completions", headers=headers), handler)
-    (trace,) = bench.traces
-    assert trace.call == Call("chat", {"traceparent": PARENT, "tracestate": "a=b"}, "a-model", "chatcmpl-1")
-    assert trace.attributes["gen_ai.request.model"] == "a-model"
-    assert trace.attributes["gen_ai.response.id"] == "chatcmpl-1"
-
-
-@pytest.mark.parametrize("module", ["frontend.server", "frontend.serving", "frontend.tracing.spans"])
+@pytest.mark.parametrize("module", ["frontend.server", "frontend.services", "frontend.tracing.spans"])
 def test_without_an_endpoint_nothing_of_opentelemetry_is_imported(module):
     program = f"import {module}, sys; print([m for m in sys.modules if m.startswith(('opentelemetry', 'google'))])"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -335,14 +308,14 @@ async def sent(make: Sequence[Trace]) -> Receiver:
         return receiver
 
 
-async def recent(call: Call | None = None) -> Trace:
+async def recent(traceparent: str = PARENT) -> Trace:
     """A whole request that ended 3 s ago, on the clock that spans are mapped from."""
     trace = await whole(Bench())
     shift = time.monotonic() - 3 - trace.end
     names = {"gen_ai.request.model": "a-model", "gen_ai.response.model": "a-model"}
     return replace(
         trace,
-        call=call or Call("chat", {"traceparent": PARENT}, "a-model", "chatcmpl-1"),
+        context=replace(trace.context, operation="chat", trace_headers={"traceparent": traceparent}),
         attributes=trace.attributes | names,
         begin=trace.begin + shift,
         end=trace.end + shift,
@@ -375,12 +348,12 @@ async def test_spans_are_on_the_wall_clock():
 
 @pytest.mark.parametrize("header", ["", "nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01"])
 async def test_a_traceparent_that_says_nothing_begins_a_trace(header):
-    receiver = await sent([await recent(Call("chat", {"traceparent": header}))])
+    receiver = await sent([await recent(header)])
     assert receiver.roots()[0].parent_span_id == b""
 
 
 async def test_a_caller_that_is_not_sampled_gets_no_spans():
-    receiver = await sent([await recent(Call("chat", {"traceparent": PARENT[:-2] + "00"}))])
+    receiver = await sent([await recent(PARENT[:-2] + "00")])
     assert receiver.spans() == []
 
 

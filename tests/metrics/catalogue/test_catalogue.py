@@ -34,6 +34,9 @@ prompt_tokens_by_source_total counter source
 prompt_tokens_cached_total counter
 prompt_tokens_cached_by_source_total counter source
 generation_tokens_total counter
+estimated_flops_per_gpu_total counter
+estimated_read_bytes_per_gpu_total counter
+estimated_write_bytes_per_gpu_total counter
 iteration_tokens_total histogram - iteration_tokens
 request_success_total counter finished_reason
 time_to_first_token_seconds histogram - ttft

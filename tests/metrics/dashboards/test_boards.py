@@ -56,6 +56,27 @@ def test_a_query_is_of_the_chosen_job_model_and_engine(dashboard: str, panel: di
             metric.has_model,
             metric.has_engine,
         )
+        assert 'instance=~"($instance)(/.*)?"' in labels
+
+
+@pytest.mark.parametrize(("dashboard", "panel", "expression"), QUERIES)
+def test_a_query_by_engine_keeps_the_engines_of_two_deployments_apart(
+    dashboard: str, panel: dict[str, Any], expression: str
+):
+    by = [found.split(", ") for found in re.findall(r"by \((.*?)\)", expression)]
+    assert all("instance" in labels for labels in by if "engine" in labels or "process" in labels)
+
+
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_a_deployment_is_chosen_by_its_address_whichever_way_it_is_scraped(name: str):
+    (variable,) = [one for one in MADE[name]["templating"]["list"] if one["name"] == "instance"]
+    pattern = variable["regex"].strip("/")
+    for instance in ("[::1]:8000", "[::1]:8000/engine-0"):
+        found = re.match(pattern, instance)
+        assert found is not None
+        assert found[1] == "[::1]:8000"
+        assert re.fullmatch(f"({re.escape(found[1])})(/.*)?", instance)
+    assert not re.fullmatch(r"(a:8000)(/.*)?", "a:80001/engine-0")
 
 
 @pytest.mark.parametrize("name", sorted(MADE))
@@ -79,7 +100,7 @@ def test_a_dashboard_leads_to_the_others_with_what_is_chosen(name: str):
     assert (link["includeVars"], link["keepTime"]) == (True, True)
     assert set(link["tags"]) <= set(MADE[name]["tags"])
     variables = [variable["name"] for variable in MADE[name]["templating"]["list"]]
-    assert variables == ["datasource", "job", "model_name", "engine"]
+    assert variables == ["datasource", "job", "instance", "model_name", "engine"]
 
 
 def test_there_is_a_small_picture_of_every_dashboard():

@@ -21,7 +21,13 @@ needs_promtool = pytest.mark.skipif(
 )
 
 OF_MODEL = 'job="wb",model_name="m"'
-OF_ENGINE = f'{OF_MODEL},engine="0"'
+INSTANCE = 'instance="a:8000"'
+OF_ENGINE = f'{OF_MODEL},engine="0",{INSTANCE}'
+# One engine 0 each of two deployments, scraped either way.
+TWO_DEPLOYMENTS = {
+    "static": ("a:8000", "b:8000"),
+    "discovered": ("a:8000/engine-0", "b:8000/engine-0"),
+}
 
 
 def series(name: str, labels: str, values: str) -> dict[str, str]:
@@ -42,6 +48,7 @@ UP, WAITING = "wholebatch:exporter_up", "vllm:num_requests_waiting"
 RECOMPUTED, SCHEDULED = "wholebatch:recomputed_tokens_total", "wholebatch:iteration_scheduled_tokens_sum"
 PREEMPTIONS = "vllm:num_preemptions_total"
 RESTARTS = "wholebatch:engine_incarnation"
+BEGAN, OF_SERVER = "process_start_time_seconds", f'job="wb",process="api-server-0",{INSTANCE}'
 
 # Alert -> (when it fires, minutes), (the same, but well): series by the minute.
 FIRES: Mapping[str, tuple[int, list[dict[str, str]]]] = {
@@ -70,6 +77,7 @@ FIRES: Mapping[str, tuple[int, list[dict[str, str]]]] = {
         ],
     ),
     "WholebatchEngineRestarting": (10, [series(RESTARTS, OF_ENGINE, "1 1 1 2x20")]),
+    "WholebatchAPIServerRestarting": (10, [series(BEGAN, OF_SERVER, "1 1 1 2 3 4x20")]),
 }
 SILENT: Mapping[str, tuple[int, list[dict[str, str]]]] = {
     # Slow for 20 minutes only, or long ago: not over both windows.
@@ -83,7 +91,7 @@ SILENT: Mapping[str, tuple[int, list[dict[str, str]]]] = {
     ),
     "WholebatchNoExporter": (
         5,
-        [series(UP, OF_ENGINE, "1 1 1 0 1x10"), series(UP, OF_ENGINE + ',instance="b"', "0x10")],
+        [series(UP, OF_ENGINE, "1 1 1 0 1x10")],
     ),
     "WholebatchAbsent": (5, [series(UP, OF_ENGINE, "0x10")]),
     "WholebatchStatisticsFaults": (
@@ -104,6 +112,11 @@ SILENT: Mapping[str, tuple[int, list[dict[str, str]]]] = {
         ],
     ),
     "WholebatchEngineRestarting": (30, [series(RESTARTS, OF_ENGINE, "1 1 1 2x40")]),
+    # One that was killed, and an engine that starts again and again, which has an alert of its own.
+    "WholebatchAPIServerRestarting": (
+        10,
+        [series(BEGAN, OF_SERVER, "1 1 1 2 3x20"), series(BEGAN, OF_SERVER.replace("api-server", "engine"), "1+1x20")],
+    ),
 }
 
 
@@ -170,7 +183,7 @@ def test_what_is_recorded_is_what_was_counted(rules: Path, tmp_path: Path):
     inputs = [
         series("vllm:iteration_tokens_total_sum", OF_ENGINE, "0+6000x20"),
         series("vllm:iteration_tokens_total_count", OF_ENGINE, "0+60x20"),
-        series("vllm:generation_tokens_total", f'{OF_ENGINE},instance="a"', "0+600x20"),
+        series("vllm:generation_tokens_total", OF_ENGINE, "0+600x20"),
         series("vllm:generation_tokens_total", f'{OF_MODEL},engine="1",instance="b"', "0+1200x20"),
         *latency(TTFT, "1.0", "0+9x20", "0+10x20"),
     ]
@@ -185,6 +198,77 @@ def test_what_is_recorded_is_what_was_counted(rules: Path, tmp_path: Path):
         samples = [{"labels": f"{name}{{{labels}}}", "value": value}]
         queries.append({"expr": expression, "eval_time": "10m", "exp_samples": samples})
     firing(rules, tmp_path, [{"interval": "1m", "input_series": inputs, "promql_expr_test": queries}])
+
+
+def fires_at(rules: Path, directory: Path, name: str, minutes: int, inputs: list[dict[str, str]], *where: str) -> None:
+    """Only there, once each: `where` has instances, or deployments."""
+    label = "deployment" if name == "WholebatchAbsent" else "instance"
+    count = f'count by ({label}) (ALERTS{{alertname="{name}",alertstate="firing"}})'
+    samples = [{"labels": f'{{{label}="{one}"}}', "value": 1} for one in where]
+    query = {"expr": count, "eval_time": f"{minutes}m", "exp_samples": samples}
+    firing(rules, directory, [{"interval": "1m", "input_series": inputs, "promql_expr_test": [query]}])
+
+
+# Alert -> (when it fires, minutes), the name of its series, its values where it is well, and where it is not.
+OF_ONE_ENGINE: Mapping[str, tuple[int, str, str, str]] = {
+    "WholebatchNoExporter": (5, UP, "1x10", "1 1 0x10"),
+    "WholebatchQueueGrowing": (30, WAITING, "100-2x40", "0+5x40"),
+    "WholebatchKVCacheFull": (20, "vllm:kv_cache_usage_perc", "0.5x40", "0.99x40"),
+    "WholebatchEngineRestarting": (10, RESTARTS, "7x20", "1 1 1 2x20"),
+}
+
+
+@needs_promtool
+@pytest.mark.parametrize("way", TWO_DEPLOYMENTS)
+@pytest.mark.parametrize("name", OF_ONE_ENGINE)
+def test_an_alert_about_an_engine_names_the_one_of_two_deployments(rules: Path, tmp_path: Path, name: str, way: str):
+    minutes, metric, well, ill = OF_ONE_ENGINE[name]
+    first, second = TWO_DEPLOYMENTS[way]
+    labels = f'{OF_MODEL},engine="0"'
+    inputs = [
+        series(metric, f'{labels},instance="{first}"', well),
+        series(metric, f'{labels},instance="{second}"', ill),
+    ]
+    fires_at(rules, tmp_path, name, minutes, inputs, second)
+
+
+@needs_promtool
+@pytest.mark.parametrize("way", TWO_DEPLOYMENTS)
+def test_a_queue_that_grows_and_another_that_is_long_are_no_growing_queue(rules: Path, tmp_path: Path, way: str):
+    first, second = TWO_DEPLOYMENTS[way]
+    inputs = [
+        series(WAITING, f'{OF_MODEL},engine="0",instance="{first}"', "0+0.1x40"),
+        series(WAITING, f'{OF_MODEL},engine="0",instance="{second}"', "100-1x40"),
+    ]
+    fires_at(rules, tmp_path, "WholebatchQueueGrowing", 30, inputs)
+
+
+@needs_promtool
+@pytest.mark.parametrize("way", TWO_DEPLOYMENTS)
+def test_a_storm_of_preemptions_is_of_the_deployment_that_has_it(rules: Path, tmp_path: Path, way: str):
+    inputs = []
+    for instance, recomputed in zip(TWO_DEPLOYMENTS[way], ("0+10x40", "0+300x40"), strict=True):
+        labels = f'{OF_MODEL},engine="0",instance="{instance}"'
+        inputs += [
+            series(RECOMPUTED, labels, recomputed),
+            series(SCHEDULED, labels, "0+1000x40"),
+            series(PREEMPTIONS, labels, "0+5x40"),
+        ]
+    fires_at(rules, tmp_path, "WholebatchPreemptionStorm", 20, inputs, TWO_DEPLOYMENTS[way][1])
+
+
+@needs_promtool
+@pytest.mark.parametrize("parts", [[""], ["/engine-0", "/processes", "/api-server-0"]], ids=TWO_DEPLOYMENTS)
+def test_one_deployment_of_two_that_answers_nothing_is_absent_once(rules: Path, tmp_path: Path, parts: list[str]):
+    inputs = [series("up", f'job="wb",instance="a:8000{part}"', "1x10") for part in parts]
+    inputs += [series("up", f'job="wb",instance="b:8000{part}"', "1 1 0x10") for part in parts]
+    inputs += [series(UP, f'{OF_MODEL},engine="0",instance="a:8000{parts[0]}"', "1x10")]
+    fires_at(rules, tmp_path, "WholebatchAbsent", 5, inputs, "b:8000")
+    # Neither a process that is down, nor a job that has nothing to do with it, is an absent deployment.
+    inputs = [series("up", f'job="wb",instance="a:8000{part}"', "1x10") for part in ["/engine-0", "/processes"]]
+    inputs += [series("up", 'job="wb",instance="a:8000/api-server-0"', "0x10"), series("up", 'job="x"', "0x10")]
+    inputs += [series(UP, f'{OF_MODEL},engine="0",instance="a:8000/engine-0"', "1x10")]
+    fires_at(rules, tmp_path, "WholebatchAbsent", 5, inputs)
 
 
 def test_every_rule_reads_the_catalogue_and_every_alert_says_so():

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import math
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,10 +83,10 @@ def window(before: float | None, after: float, seconds: float = 2.0) -> Window:
     return Window(None if before is None else Scrape(samples(before), 0.0), Scrape(samples(after), seconds))
 
 
-def text(figures: Figures, **more: Any) -> str:
+def text(figures: Figures, *, width: int = 100, **more: Any) -> str:
     written = io.StringIO()
-    console = Console(width=100, file=written, force_terminal=False)
-    console.print(render(figures, "http://here", **more))
+    console = Console(width=width, file=written, force_terminal=False)
+    console.print(render(figures, "http://here", width=width, **more))
     return written.getvalue()
 
 
@@ -150,7 +151,34 @@ ANY_SAMPLES = st.dictionaries(st.sampled_from(KEYS), st.floats(0, 1e12), max_siz
 def test_whatever_two_scrapes_hold_no_figure_is_negative_and_the_frame_fits(before, after, elapsed):
     figures = work_out(Window(Scrape(before, 0.0), Scrape(after, elapsed)), {}, TABLE)
     assert all(value >= 0 for value in numbers(figures))
-    assert max(map(len, text(figures).splitlines())) <= 100
+    for width in (79, 80, 99, 100):
+        assert max(map(len, text(figures, width=width).splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_nothing_is_cut_off_in_a_terminal_of_80_columns(width: int):
+    figures = work_out(window(1000, 20000), {}, TABLE)
+    shown = text(figures, width=width)
+    assert "…" not in shown
+    whole = ("ready #2", "run", "wait", "KV cache", "preempt", "1 term 2.3", "pre·dec·mix", "0·80·20", "≤ 8")
+    for words in (*whole, "all 1 laws hold", "end to end", "delivered tok/s", "memory", "starting"):
+        assert words in shown, words
+    engine_rows = [line for line in shown.splitlines() if line.strip("│ ").startswith("0 ")]
+    assert len(engine_rows) == {80: 3, 100: 2}[width]  # engine 0, in two tables or one, and API server 0
+
+
+def test_a_terminal_that_is_too_narrow_is_told_so():
+    assert text(work_out(window(100, 200), {}, TABLE), width=79) == (
+        "metrics.top needs 80 columns; this terminal has 79.\n"
+    )
+
+
+def test_an_api_server_that_does_not_answer_is_not_shown_as_ready():
+    figures = work_out(window(100, 200), {}, TABLE, {0})
+    assert [server.is_silent for server in figures.servers] == [True, False]
+    (row,) = [line for line in text(figures).splitlines() if " 11 " in line]
+    assert "no answer" in row
+    assert "ready" not in row
 
 
 def test_a_deployment_started_anew_shows_the_present_and_no_rate():
@@ -245,6 +273,16 @@ def test_an_admin_port_is_asked_for_what_is_an_api_servers_own():
     assert [*found.own] == [0], "the port that nobody answers is left out"
     assert found.own[0].total("wholebatch:api_server_requests_in_flight") == 3
     assert found.own[0].total("vllm:num_requests_running") is None
+
+
+def test_an_admin_port_that_takes_a_connection_and_says_nothing_is_silent_and_one_that_is_not_there_is_not():
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        rows = [row | {"admin_url": "http://127.0.0.1:9"} for row in TABLE["processes"] if row["role"] == "api-server"]
+        rows[0]["admin_url"] = f"http://127.0.0.1:{frozen.getsockname()[1]}"
+        table = json.dumps(TABLE | {"processes": rows})
+        with answering({"/metrics/engines": (200, METRICS), "/deployment": (200, table)}) as url:
+            found = top.look(url)
+    assert (found.own, found.silent) == ({}, {0})
 
 
 @pytest.mark.parametrize(

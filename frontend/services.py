@@ -1,4 +1,4 @@
-"""Everything of an API server that needs the deployment's facts: its tally, its engines, its share of /metrics.
+"""What an API server consists of once the deployment's facts are known: its tally, its engines, its share of /metrics.
 
 Made once, when the first engine has said what it is; until then the routes answer 503. Opening the tally closes the
 books of this index's earlier incarnation.
@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from engine.wire import Facts, HttpConfig, ServerConfig
-from frontend.api import Clients, OpenAIService
+from frontend.api import OpenAIService
 from frontend.counters import GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
-from frontend.engines import Admission, EngineClients, Identity, InFlight, Limits
+from frontend.engines import Admission, Asked, EngineClients, Identity, InFlight, Limits, Observer
 from frontend.scrape import Exporter, Figures, Layouts, Pool, Scrape, boottime, load_report
 from frontend.text import Tokenizer
-from frontend.tracing import TracedClients
+from frontend.tracing import RequestTrace
 from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER, ENGINE
+from metrics.exposition import Format
 from metrics.files import ExemplarStore, Origin, TallyStore, exemplars_path, tally_path
 from metrics.layout import Histogram
 from metrics.usage import ProcessMetrics
@@ -36,8 +37,8 @@ log = logging.getLogger(__name__)
 HOUSEKEEPING_S: Final = 1.0
 
 
-class Serving:
-    """The parts, wired. Raises StoreError where the tally cannot be opened."""
+class Services:
+    """What an API server offers, wired. Raises StoreError where the tally cannot be opened."""
 
     def __init__(
         self,
@@ -60,19 +61,19 @@ class Serving:
             with self._bulkhead.around("record"):
                 path = exemplars_path(config.directory, API_SERVER, config.index)
                 self._exemplars = ExemplarStore(path, layouts[API_SERVER], time.time)
-        self.group = GroupCommit(self._commit, lambda error: self._bulkhead.caught("commit", error))
+        self.group = GroupCommit(self._commit, self._bulkhead)
         self.group.now()
-        self._admission = Admission(
-            _limits(config.http),
-            own=self._own_in_flight,
-            others=self._others_in_flight,
-            on_rejected=self._on_rejected,
-            clock=time.monotonic,
-        )
-        self.clients = EngineClients(
-            context, config.directory, identity, self.record, self.group, admit=self._admission.check
-        )
         self._telemetry = _telemetry(config)
+        self._admission = self._make_admission(config)
+        self.clients = EngineClients(
+            context,
+            config.directory,
+            identity,
+            self.record,
+            self.group,
+            admit=self._admission.check,
+            observe=None if self._telemetry is None else self._observe,
+        )
         self.exporter = Exporter(
             context,
             config.directory,
@@ -84,8 +85,8 @@ class Serving:
             num_api_servers=config.num_api_servers,
             on_load=self.clients.on_load,
         )
-        self.scrape = self._scrape(config, facts, identity, layouts)
-        self.openai = self._service(config, facts, tokenizer)
+        self.scrape = self._make_scrape(config, facts, identity, layouts)
+        self.openai = self._make_api(config, facts, tokenizer)
         self._process = ProcessMetrics(self._store.tally)
         self._housekeeping = asyncio.create_task(self._keep_house())
         self.pool = Pool(layouts[ENGINE], facts)
@@ -99,7 +100,7 @@ class Serving:
         """Of the engines heard; the same in every API server."""
         return self.pool.figures(self.exporter.heard())
 
-    def _scrape(self, config: ServerConfig, facts: Facts, identity: Identity, layouts: Layouts) -> Scrape:
+    def _make_scrape(self, config: ServerConfig, facts: Facts, identity: Identity, layouts: Layouts) -> Scrape:
         return Scrape(
             config.directory,
             identity,
@@ -114,6 +115,10 @@ class Serving:
 
     def _pool_samples(self) -> list[tuple[str, dict[str, str], float]]:
         return self.pool.samples(self.pool_figures())
+
+    def pool_exposition(self, form: Format) -> bytes:
+        """The engines as one, as text."""
+        return self.pool.exposition(self.pool_figures(), form)
 
     def load_report(self, asked: str) -> str | None:
         """The pool's figures for the answer to a request; None where there are none or no such format."""
@@ -139,22 +144,29 @@ class Serving:
         self.record.flush()
         self._store.commit()
 
-    def _service(self, config: ServerConfig, facts: Facts, tokenizer: Tokenizer) -> OpenAIService:
-        """The API, with every request's end told where somebody asks for it."""
-        clients: Clients = self.clients
-        if self._telemetry is not None:
-            clients = TracedClients(
-                clients=self.clients,
-                sink=self._telemetry.tell,
-                on_fault=lambda error: self._bulkhead.caught("tracing", error),
-            )
+    def _make_api(self, config: ServerConfig, facts: Facts, tokenizer: Tokenizer) -> OpenAIService:
         return OpenAIService(
-            clients=clients,
+            clients=self.clients,
+            group=self.group,
             tokenizer=tokenizer,
             served_model_names=config.model.served_model_names,
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
         )
+
+    def _make_admission(self, config: ServerConfig) -> Admission:
+        return Admission(
+            _limits(config.http),
+            own=self._own_in_flight,
+            others=self._others_in_flight,
+            on_rejected=self._on_rejected,
+            clock=time.monotonic,
+        )
+
+    def _observe(self, asked: Asked) -> Observer:
+        """Tells the telemetry of each request's end."""
+        assert self._telemetry is not None, "nobody asks for traces"
+        return RequestTrace(asked, self._telemetry.tell, self._bulkhead)
 
     async def _keep_house(self) -> None:
         while True:
