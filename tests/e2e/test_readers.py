@@ -47,6 +47,23 @@ def test_every_histogram_has_every_finished_request_those_that_ended_at_a_stop_s
         assert total(samples, f"vllm:{name}_count") == 6, name
 
 
+def test_prompt_tokens_a_request_are_those_of_one_prompt_whatever_n_is(tiny_model: Path):
+    """What a dashboard of vLLM's divides counts in one unit: each of n sequences."""
+    with served(tiny_model, "--api-server-count", "2") as deployment:
+        deployment.complete(list(range(40, 59)), 5, n=3, ignore_eos=True)
+        samples = deployment.idle_metrics()
+    assert total(samples, "vllm:prompt_tokens_total") == 3 * 19
+    assert total(samples, "vllm:request_success_total") == 3
+    assert total(samples, "vllm:request_prompt_tokens_sum") == 3 * 19
+    assert total(samples, "vllm:request_generation_tokens_sum") == total(samples, "vllm:generation_tokens_total") == 15
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_generation_tokens"):
+        assert total(samples, f"vllm:{name}_count") == 3, name
+    assert total(samples, "vllm:request_params_n_count") == 1
+    assert total(samples, "wholebatch:request_ended_total") == 1
+    assert total(samples, "wholebatch:request_latency_seconds_count") == 1
+    assert total(samples, "wholebatch:request_output_tokens_sum") == 15
+
+
 def targets(deployment: Served) -> list[tuple[str, str, str]]:
     """(instance, address, path) of each."""
     groups = json.loads(deployment.get("/prometheus/targets"))
