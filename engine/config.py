@@ -68,7 +68,10 @@ class SchedulerConfig:
     enable_chunked_prefill: Annotated[bool, Flag("compute long prompts in parts (default: yes)")] = True
     long_prefill_token_threshold: Annotated[
         Count,
-        Flag("longest part of a prompt in one iteration; 0: only the budget limits it (default: %(default)s)"),
+        Flag(
+            "longest part of a prompt in one iteration; 0: only the budget limits it, and on a CPU, while others"
+            " decode, how long these would wait (default: %(default)s)"
+        ),
     ] = 0
 
     def budget(self, suited: int, max_model_len: int) -> int:

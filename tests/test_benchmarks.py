@@ -13,11 +13,22 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.benchmarks import arrivals
 from tests.benchmarks.bench_check import BENCHMARKS, Benchmark, Bound, find, judge
 from tests.benchmarks.offline import workload
 from tests.benchmarks.roofline import Machine, Work, limit_tokens_per_s
 from tests.benchmarks.serving import add_ratios, num_requests, quantile_ms
-from tests.benchmarks.sse_client import Answer, Load, LoadError, Stream, make_answer, random_prompts, stream_all
+from tests.benchmarks.sse_client import (
+    Answer,
+    Arrival,
+    Load,
+    LoadError,
+    Stream,
+    make_answer,
+    random_prompts,
+    stream_all,
+    stream_arrivals,
+)
 from tests.benchmarks.tiny_stack import count
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -103,6 +114,68 @@ def test_an_answers_times_begin_with_its_text_not_with_its_head() -> None:
     assert (answer.first_s, answer.gaps_s) == (4.0, (2.0,))
 
 
+def test_requests_that_arrive_are_sent_at_their_instants_whether_or_not_others_are_answered() -> None:
+    sent: list[tuple[float, int]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        body = json.loads(await reader.readexactly(int(head.partition(b"content-length: ")[2].split()[0])))
+        sent.append((asyncio.get_running_loop().time(), body["max_tokens"]))
+        if len(sent) == 3:
+            all_sent.set()
+        await all_sent.wait()  # nobody is answered before all have asked
+        writer.write(stream_of(body["max_tokens"]))
+        await writer.drain()
+        writer.close()
+
+    async def load() -> Load:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            host, port = server.sockets[0].getsockname()
+            due = [Arrival(0.1 * number, [1], number + 2) for number in range(3)]
+            return await asyncio.wait_for(stream_arrivals(f"http://{host}:{port}", "m", due), 10)
+
+    all_sent = asyncio.Event()
+    answers = asyncio.run(load()).answers
+    assert [answer.num_tokens for answer in answers] == [2, 3, 4]
+    assert [num_tokens for _, num_tokens in sent] == [2, 3, 4]
+    assert sent[1][0] - sent[0][0] >= 0.05
+    assert sent[2][0] - sent[1][0] >= 0.05
+    assert answers[0].first_s >= 0.2 > answers[2].first_s - answers[0].first_s
+
+
+def test_arrivals_are_the_same_requests_at_every_rate_only_closer_together() -> None:
+    slow, fast = arrivals.poisson(1, 300, 7), arrivals.poisson(2, 150, 7)
+    assert [(one.prompt, one.max_tokens) for one in slow] == [(one.prompt, one.max_tokens) for one in fast]
+    assert [one.at_s for one in slow] == pytest.approx([2 * one.at_s for one in fast])
+    assert 240 < len(slow) < 360
+    assert len({one.max_tokens for one in slow}) > 50
+    assert len(arrivals.poisson(0.001, 1, 7)) == 1
+
+
+@pytest.mark.parametrize(
+    ("first_s", "gaps_s", "is_good"),
+    [
+        (0.9, (0.1,) * 50, True),
+        (1.1, (0.1,) * 50, False),
+        (0.9, (0.2, *(0.1,) * 50), False),
+        (0.9, (0.2, *(0.1,) * 150), True),
+        (0.9, (), True),
+    ],
+)
+def test_an_answer_is_in_time_by_its_first_token_and_nearly_all_of_its_others(
+    first_s: float, gaps_s: tuple[float, ...], is_good: bool
+) -> None:
+    assert arrivals.is_good(Answer(first_s, gaps_s, 1, 1)) == is_good
+
+
+@given(st.floats(0.2, 40))
+def test_the_bisection_finds_the_highest_rate_that_holds(limit: float) -> None:
+    found = arrivals.highest(lambda rate: rate <= limit, 0.1, 100, 12)
+    assert found <= limit <= found * 1.01
+    assert arrivals.highest(lambda rate: False, 0.1, 100, 5) == 0
+
+
 @pytest.mark.parametrize("lost", [b"[DONE]", b'"completion_tokens"', b"\n\n"])
 def test_a_stream_without_its_end_its_usage_or_any_event_is_an_error(lost: bytes) -> None:
     with pytest.raises(LoadError, match="no whole stream"):
@@ -179,9 +252,17 @@ def test_a_bound_is_broken_only_when_two_measurements_break_it() -> None:
     assert judged(1.5, 1.0) == (False, 1.5, 2)
 
 
+def test_a_bound_of_another_instruction_set_is_not_judged() -> None:
+    bounds = tuple(Bound(name or "any", 2.0, 1.0, lambda results: 0.5, name) for name in (None, "avx2", "avx512"))
+    rows = judge(Benchmark("b", (), bounds), lambda _: None, "avx2")
+    assert [(row["what"], row["holds"]) for row in rows] == [("any", False), ("avx2", False)]
+
+
 def test_every_recorded_bound_reads_the_document_of_its_benchmark() -> None:
     cost = {"median": 2.0, "p99": 3.0}
-    steps = [{"quantization": q, "step": f"decode {n}", "tokens_per_s": 5.0} for q in ("none", "int8") for n in (1, 32)]
+    steps = [
+        {"quantization": q, "step": f"decode {n}", "tokens_per_s": 5.0} for q in ("none", "int8") for n in (1, 8, 32)
+    ]
     documents = {
         "statistics_cost": {f"record + commit, batch {n}": cost for n in (1, 256)},
         "engine_loop": {str(n): cost for n in (1, 256, 1024)},

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
-from engine.device.kernels import FlatBatch, Kernels, kernels_for
+from engine.device.kernels import HAS_INT8, FlatBatch, Kernels, kernels_for
 from engine.device.models import Decoder, FlatInput, decoder_for
 from engine.device.sampler import Sampler
 from engine.device.weights import ModelError, ModelSpec, RotatedCheckpoint, open_checkpoint
@@ -31,6 +31,8 @@ _WARM_UP_TOKENS, _WARM_UP_SEQUENCES = 256, 64
 # Tokens of one iteration. A CPU computes no faster from about 128 on, and every sequence waits for the whole of them:
 # measured with 32 at once, 2048 and 512: 227 and 226 tokens/s, half of the first tokens within 2.9 and 1.2 s.
 _SUITED_BUDGET = {"cpu": 512, "cuda": 2048}
+# Of an iteration in which some decode, who wait for all of it.
+_SUITED_ITERATION_S = {"cpu": 0.1, "cuda": None}
 # With fewer, threads wait for one another longer than they compute, beside a busy API server. Measured, 64 streams on 2
 # cores, one thread and two: 3.2 million 24,351 and 20,197 tokens/s, 10.2 million 7,112 and 8,679.
 _FEW_WEIGHTS = 6_000_000
@@ -55,6 +57,7 @@ class TorchRunner:
         self.eos_token_ids = sampler.eos_token_ids
         self.cache_dtype = str(kv_caches.dtype).removeprefix("torch.")
         self.suited_budget = _SUITED_BUDGET[self._device.type]
+        self.suited_iteration_s = _SUITED_ITERATION_S[self._device.type]
 
     @classmethod
     def load(  # noqa: PLR0913  what to load, then one option a way of starting
@@ -215,8 +218,8 @@ def _check_quantization(name: str | None, dtype: torch.dtype, device: torch.devi
         return
     if name != "int8":
         raise ModelError(f"quantization {name!r}: known is int8")
-    if device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise ModelError("quantization int8: only on an x86 CPU for now (--device cpu)")
+    if device.type != "cpu" or not HAS_INT8:
+        raise ModelError("quantization int8: only on an x86 CPU with AVX2 for now (--device cpu)")
     if dtype != torch.float32:
         raise ModelError(f"quantization int8: not with dtype {str(dtype).removeprefix('torch.')}, only with float32")
 

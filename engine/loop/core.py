@@ -137,6 +137,7 @@ class EngineCore:
         sampled = self._runner.run(batch)
         at = self._clock()
         stepped = self._scheduler.update(batch, sampled)
+        self._scheduler.observe(batch.counts, at - started)
         self._add_outputs(stepped, sampled, outputs)
         self._set_gauges()
         with self._bulkhead.around("record"):

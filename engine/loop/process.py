@@ -52,6 +52,7 @@ class ModelRunner(Runner, Protocol):
     eos_token_ids: frozenset[int]
     cache_dtype: str
     suited_budget: int  # tokens of one iteration
+    suited_iteration_s: float | None  # how long one may take in which some decode; None: however long
 
 
 RunnerFactory = Callable[[EngineConfig, Callable[[str], None]], ModelRunner]  # raises CannotServeError
@@ -178,6 +179,7 @@ def make_core(config: EngineConfig, runner: ModelRunner, recorder: Recorder, bul
         eos_token_ids=runner.eos_token_ids,
         vocab_size=runner.vocab_size,
         suited_budget=runner.suited_budget,
+        suited_iteration_s=runner.suited_iteration_s,
     )
     return EngineCore(
         scheduler,

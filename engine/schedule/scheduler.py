@@ -6,6 +6,7 @@ Continuous batching under a token budget. Each iteration serves, in this order, 
 2. the next prompt chunk of running requests that are still in prefill;
 3. requests from the waiting queue, while there are blocks for the whole of what is known of them.
 
+Where somebody decodes, the tokens of 2 and 3 are bounded further by what iterations cost (`engine.schedule.pace`).
 Within each, by `RequestState.order`: priority, then arrival. The head of the queue is never overtaken.
 
 Blocks are taken for the whole known sequence at admission and one at a time while it grows, so only a decode can run
@@ -26,6 +27,7 @@ from operator import attrgetter
 from engine.config import SchedulerConfig
 from engine.schedule.batch import Batch, IterationCounts, SampledToken
 from engine.schedule.block_pool import BlockPool, extend_hashes
+from engine.schedule.pace import Pace
 from engine.schedule.request import RequestState
 from engine.wire import Submit
 
@@ -42,6 +44,7 @@ class Scheduler:
         "_in_flight",
         "_longest_chunk",
         "_max_model_len",
+        "_pace",
         "_pool",
         "_requests",
         "_running",
@@ -59,6 +62,7 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         vocab_size: int,
         suited_budget: int = 2048,
+        suited_iteration_s: float | None = None,
     ) -> None:
         self._config = config
         self._budget = config.budget(suited_budget, max_model_len)
@@ -69,6 +73,9 @@ class Scheduler:
         self._longest_chunk = self._budget
         if config.enable_chunked_prefill and config.long_prefill_token_threshold:
             self._longest_chunk = min(self._longest_chunk, config.long_prefill_token_threshold)
+        # Who chose the length of chunks has chosen how long others wait for them.
+        is_paced = config.enable_chunked_prefill and not config.long_prefill_token_threshold
+        self._pace = Pace(suited_iteration_s, self._budget) if suited_iteration_s and is_paced else None
         self._requests: dict[int, RequestState] = {}  # running and waiting, by sequence id
         self._running: list[RequestState] = []  # in order
         self._waiting: list[RequestState] = []  # in order
@@ -157,6 +164,8 @@ class Scheduler:
         self._scheduled = scheduled
         prefills = self._schedule_decodes(counts)
         budget = self._budget - len(scheduled)
+        if self._pace is not None:
+            budget = min(budget, self._pace.limit(len(scheduled)))
         for request in prefills:
             if not budget:
                 break
@@ -305,6 +314,11 @@ class Scheduler:
         if has_ended:
             self._running = [request for request in self._running if request.finish_reason is None]
         return stepped
+
+    def observe(self, counts: IterationCounts, duration_s: float) -> None:
+        """What an iteration cost, for those that come."""
+        if self._pace is not None:
+            self._pace.observe(counts.num_prefill_tokens, counts.num_decode_tokens, duration_s)
 
     def _cache_blocks(self, request: RequestState, first: int, end: int) -> None:
         """Make blocks [first, end) of the sequence known: they are full now."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 NOT_BENCHMARKS = (
     "__main__",
+    "arrivals",
     "bench_check",  # make bench-check
     "dashboard_pictures",
     "deployed",

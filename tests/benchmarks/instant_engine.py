@@ -29,6 +29,7 @@ class InstantRunner:
     eos_token_ids: frozenset[int] = frozenset({2})
     cache_dtype = "float32"
     suited_budget = 2048
+    suited_iteration_s: float | None = None
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s

@@ -21,6 +21,7 @@ import torch
 import engine.device.kernels.linear
 from engine import default_model
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
+from engine.device.kernels.compiled import INSTRUCTION_SET
 from engine.device.runner import TorchRunner
 from engine.schedule.batch import Batch, ScheduledSequence
 from engine.wire.sampling import SamplingParams
@@ -108,7 +109,7 @@ def main() -> None:
             cells = (f"{median_ms:.1f}", f"{min(times[name]):.1f}", f"{row['tokens_per_s']:.0f}")
             rows.append((what, name, *cells, *(f"{100 * share:.0f} %" for share in row["shares"].values())))
     header = ("step", "quantization", "median, ms", "least, ms", "tokens/s", "linear", "attention", "rest")
-    table(f"One step, {torch.get_num_threads()} threads", header, rows)
+    table(f"One step, {torch.get_num_threads()} threads, {INSTRUCTION_SET}", header, rows)
     document("model_step", results)
 
 

@@ -6,6 +6,9 @@ rounds, and medians are compared. While one is measured, the others that were st
 when it is idle would slow it. Prompts are token ids, so that all compute the same number of tokens; none shares a
 beginning with another, so that prefix caches find nothing. Ratios are of our figure to that of the row.
 
+With `--request-rate` requests arrive as in life instead (`arrivals`), with `--goodput` at rates between two that are
+bisected for the highest at which nearly all are answered in time.
+
 The share of the roofline is of what this machine allows in float32, measured in the same run (`roofline`). Time to
 ready and resident memory, after the load, are those of servers that were started here or whose process is named.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import statistics
@@ -25,13 +29,14 @@ from typing import Any
 
 from engine import default_model
 from engine.device.weights.gguf_checkpoint import GGUFCheckpoint
-from tests.benchmarks import roofline
+from tests.benchmarks import arrivals, roofline
 from tests.benchmarks.report import document, table
 from tests.benchmarks.sides import Side, alone, ours, running, vllm
-from tests.benchmarks.sse_client import Load, random_prompts, run_load
+from tests.benchmarks.sse_client import Load, random_prompts, run_arrivals, run_load
 
 PROMPT_TOKENS = (134, 200)
 OUTPUT_TOKENS = 64
+ARRIVALS_SEED = 1
 COLUMNS = {
     "tokens_per_s": ("output tokens/s", ".1f"),
     "tokens_per_s_ratio": ("ratio", ".2f"),
@@ -97,6 +102,11 @@ def enter_sides(stack: contextlib.ExitStack, args: argparse.Namespace, model: Pa
     return sides
 
 
+def warm_up(sides: Sequence[Side]) -> None:
+    for side in sides:
+        run_load(side.url, side.model, random_prompts(4, PROMPT_TOKENS, -1), OUTPUT_TOKENS, 4)
+
+
 def compare(sides: Sequence[Side], concurrency: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rounds of all sides in turn; a row for each side, medians."""
     rounds: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
@@ -113,6 +123,48 @@ def compare(sides: Sequence[Side], concurrency: int, args: argparse.Namespace) -
     ]
 
 
+def at_rate(side: Side, sides: Sequence[Side], rate: float, seconds: float) -> dict[str, Any]:
+    """A row: what one side made of arrivals at this rate."""
+    with alone(side, sides):
+        load = run_arrivals(side.url, side.model, arrivals.poisson(rate, seconds, ARRIVALS_SEED))
+    row = {"side": side.name, "rate": rate, "requests": len(load.answers)} | figures(load)
+    row["ttft_p99_ms"] = quantile_ms([answer.first_s for answer in load.answers], 0.99)
+    return row | {"good_share": arrivals.good_share(load.answers)}
+
+
+def arrive(sides: Sequence[Side], args: argparse.Namespace) -> dict[str, Any]:
+    """All sides at each rate that is asked for, and the goodput of each if it is asked for."""
+    rows = [at_rate(side, sides, rate, args.seconds) for rate in args.request_rate or () for side in sides]
+    goodputs: dict[str, float] = {}
+
+    def holds(side: Side, rate: float) -> bool:
+        rows.append(at_rate(side, sides, rate, args.seconds))
+        return bool(rows[-1]["good_share"] >= arrivals.SHARE)
+
+    if args.goodput:
+        low, high = args.goodput
+        for side in sides:
+            goodputs[side.name] = arrivals.highest(functools.partial(holds, side), low, high, args.trials)
+    names = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
+    table(
+        f"Poisson arrivals for {args.seconds:g} s",
+        ("side", "requests/s", "requests", *names, "in time"),
+        [
+            (
+                row["side"],
+                f"{row['rate']:.2f}",
+                row["requests"],
+                *(f"{row[n]:.1f}" for n in names),
+                f"{row['good_share']:.1%}",
+            )
+            for row in rows
+        ],
+    )
+    if goodputs:
+        table("Goodput", ("side", "requests/s"), [(name, f"{rate:.2f}") for name, rate in goodputs.items()])
+    return {"rates": rows, "goodput": goodputs}
+
+
 def add_ratios(rows: Sequence[dict[str, Any]], *figures: str) -> None:
     """Of the first side's figure to each row's, at the same concurrency; 0 where there is none."""
     for row in rows:
@@ -125,15 +177,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32, 128], help="(1 8 32 128)")
     parser.add_argument("--requests", type=int, default=64, help="in a round, at most (64); 8 at concurrency 1")
+    parser.add_argument("--request-rate", nargs="+", type=float, metavar="R", help="Poisson arrivals, requests/s")
+    parser.add_argument("--goodput", nargs=2, type=float, metavar=("LOW", "HIGH"), help="bisect between two rates")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals at each rate (30)")
+    parser.add_argument("--trials", type=int, default=5, help="of the bisection (5)")
     add_side_arguments(parser)
     args = parser.parse_args()
     model = default_model.fetch()
+    if args.request_rate or args.goodput:
+        with contextlib.ExitStack() as stack:
+            sides = enter_sides(stack, args, model)
+            warm_up(sides)
+            results = arrive(sides, args)
+        document("serving", results)
+        return
     spec = GGUFCheckpoint(model).spec
     machine, work = roofline.measure(spec), roofline.work_of(spec)
     with contextlib.ExitStack() as stack:
         sides = enter_sides(stack, args, model)
-        for side in sides:
-            run_load(side.url, side.model, random_prompts(4, PROMPT_TOKENS, -1), OUTPUT_TOKENS, 4)  # a warm-up
+        warm_up(sides)
         rows = [row for concurrency in args.concurrency for row in compare(sides, concurrency, args)]
         costs = [
             {"side": side.name, "ready_s": side.ready_s, "memory_mib": side.memory_mib() or None} for side in sides

@@ -4,7 +4,8 @@ Raw HTTP/1.1 over asyncio protocols. What a stream sends is kept as it comes, an
 the status, as many events as were sent, the tokens that the usage names. Any server with OpenAI's completions API will
 do that separates events by an empty line of `\\n\\n`.
 
-`run_load` runs it in a process of its own, `stream_all` on the caller's event loop.
+`run_load` and `run_arrivals` run it in a process of its own, `stream_all` and `stream_arrivals` on the caller's event
+loop.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import uvloop
@@ -43,6 +45,15 @@ class Answer:
     gaps_s: tuple[float, ...]  # between successive arrivals; one may bring several events
     num_events: int  # of text: neither the one with the usage nor the end
     num_tokens: int  # by the usage
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request, and when it is sent, in seconds after the first."""
+
+    at_s: float
+    prompt: list[int]
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +129,52 @@ def make_request(url: str, body: dict[str, object]) -> bytes:
     return head.encode() + content
 
 
-async def stream_all(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens: int, concurrency: int) -> Load:
-    """One completion of `max_tokens` for each prompt, so many at a time. Raises LoadError."""
-    body = {
+def make_body(model: str, prompt: Sequence[int], max_tokens: int) -> dict[str, object]:
+    """A streamed completion of exactly so many tokens."""
+    return {
         "model": model,
+        "prompt": prompt,
         "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    requests = iter([make_request(url, {**body, "prompt": prompt}) for prompt in prompts])
+
+
+async def stream_arrivals(url: str, model: str, arrivals: Sequence[Arrival]) -> Load:
+    """Each request at its instant, on a connection of its own; times to first tokens count from that instant. The
+    answers are in the order of arrivals. Raises LoadError."""
+    address, loop = urlsplit(url), asyncio.get_running_loop()
+    host, port = address.hostname, address.port
+    assert host is not None, f"no host in {url}"
+    assert port is not None, f"no port in {url}"
+    requests = [make_request(url, make_body(model, one.prompt, one.max_tokens)) for one in arrivals]
+    began, cpu = time.perf_counter(), time.process_time()
+
+    async def ask_at(at_s: float, request: bytes) -> Answer:
+        due = began + at_s
+        await asyncio.sleep(due - time.perf_counter())
+        transport, stream = await loop.create_connection(Stream, host, port)
+        try:
+            late_s = time.perf_counter() - due
+            answer = await stream.ask(transport, request)
+        finally:
+            transport.close()
+        return dataclasses.replace(answer, first_s=answer.first_s + late_s)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(ask_at(one.at_s, request)) for one, request in zip(arrivals, requests, strict=True)]
+    answers = tuple(task.result() for task in tasks)
+    for answer, one in zip(answers, arrivals, strict=True):
+        if answer.num_tokens != one.max_tokens:
+            raise LoadError(f"{answer.num_tokens} tokens instead of {one.max_tokens}")
+    return Load(time.perf_counter() - began, time.process_time() - cpu, answers)
+
+
+async def stream_all(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens: int, concurrency: int) -> Load:
+    """One completion of `max_tokens` for each prompt, so many at a time. Raises LoadError."""
+    requests = iter([make_request(url, make_body(model, prompt, max_tokens)) for prompt in prompts])
     address, loop = urlsplit(url), asyncio.get_running_loop()
     assert address.hostname is not None, f"no host in {url}"
     assert address.port is not None, f"no port in {url}"
@@ -162,6 +208,15 @@ def run_load(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens:
         "max_tokens": max_tokens,
         "concurrency": concurrency,
     }
+    return _run(wanted)
+
+
+def run_arrivals(url: str, model: str, arrivals: Sequence[Arrival]) -> Load:
+    """`stream_arrivals` in a process of its own. Raises LoadError."""
+    return _run({"url": url, "model": model, "arrivals": [dataclasses.asdict(one) for one in arrivals]})
+
+
+def _run(wanted: dict[str, Any]) -> Load:
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.sse_client"],
         input=json.dumps(wanted),
@@ -177,7 +232,12 @@ def run_load(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens:
 
 
 def main() -> None:
-    load = uvloop.run(stream_all(**json.load(sys.stdin)))
+    wanted = json.load(sys.stdin)
+    if "arrivals" in wanted:
+        arrivals = [Arrival(**one) for one in wanted["arrivals"]]
+        load = uvloop.run(stream_arrivals(wanted["url"], wanted["model"], arrivals))
+    else:
+        load = uvloop.run(stream_all(**wanted))
     # NOTE: print() loses what a pipe does not take at once where Python's own output is unbuffered.
     with open(sys.stdout.fileno(), "w", closefd=False) as output:
         json.dump(dataclasses.asdict(load), output)

@@ -28,6 +28,7 @@ class SizedRunner(FakeRunner):
         self.eos_token_ids = frozenset({VOCAB_SIZE})
         self.cache_dtype = "float32"
         self.suited_budget = 64
+        self.suited_iteration_s: float | None = None
 
 
 def make_config(

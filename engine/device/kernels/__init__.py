@@ -10,9 +10,11 @@ import torch
 from engine.device.kernels.head import Head, argmax, make_head
 from engine.device.kernels.interface import Array, FlatBatch, Kernels, Linear
 from engine.device.kernels.numba_ops import NumbaKernels
+from engine.device.kernels.packed import INT8_LEVELS
 from engine.device.kernels.torch_ops import TorchKernels
 
 __all__ = [
+    "HAS_INT8",
     "Array",
     "FlatBatch",
     "Head",
@@ -22,6 +24,8 @@ __all__ = [
     "kernels_for",
     "make_head",
 ]
+
+HAS_INT8 = INT8_LEVELS is not None  # whether this processor multiplies int8 here
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:

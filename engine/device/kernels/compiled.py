@@ -6,42 +6,30 @@ numba finds a place for it, and compiled at each start where there is none.
 
 from __future__ import annotations
 
+import os
 import types as python_types
 from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
 import numba
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 Kernel = Callable[..., None]
 
-_BYTES, _INT32 = ir.IntType(8).as_pointer(), ir.IntType(32)
 
-HOST = llvmlite.binding.get_host_cpu_features()  # whether the processor has an instruction set, by its name
+def _host_features() -> dict[str, bool]:
+    """Whether code may use an instruction set, by its name: what the processor has, or what numba is told to
+    assume (NUMBA_CPU_NAME with NUMBA_CPU_FEATURES), as when one processor stands for another in a test."""
+    told = os.environ.get("NUMBA_CPU_FEATURES")
+    if told is None:
+        return dict(llvmlite.binding.get_host_cpu_features())
+    return {feature[1:]: feature[0] == "+" for feature in told.split(",") if feature}
+
+
+HOST = _host_features()
+INSTRUCTION_SET = "avx512" if HOST.get("avx512f") else "avx2" if HOST.get("avx2") else "other"
 MAX_THREADS = numba.get_num_threads()  # cores, or what NUMBA_NUM_THREADS says
 _MANY = 64 * 1024  # numbers to go through, from which on several threads are faster
-
-
-@intrinsic
-def fetch_ahead(context, array, offset):
-    """Tell the processor to fetch the 64 bytes around a number of a contiguous array: it will be asked for soon."""
-
-    def generate(codegen, builder, signature, arguments):
-        array = codegen.make_array(signature.args[0])(codegen, builder, arguments[0])
-        prefetch(builder, builder.gep(array.data, [arguments[1]]))
-        return codegen.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
-def prefetch(builder, pointer):
-    """The instruction for `fetch_ahead`: into the second cache, which is a tenth faster than into the first."""
-    prefetch_type = ir.FunctionType(ir.VoidType(), [_BYTES, _INT32, _INT32, _INT32])
-    prefetch = cgutils.get_or_insert_function(builder.module, prefetch_type, "llvm.prefetch.p0")
-    builder.call(prefetch, [builder.bitcast(pointer, _BYTES), _INT32(0), _INT32(2), _INT32(1)])
 
 
 def for_any_size(kernel: Kernel, *, fastmath: bool = True) -> Callable[[int], Kernel]:

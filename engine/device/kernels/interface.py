@@ -8,7 +8,8 @@ All tensors are *flat*: the tokens of every scheduled sequence, one after anothe
 
 `qkv` is (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim): queries, keys, values of each token, contiguous.
 The KV cache of one layer is (num_blocks, block_size, 2, num_kv_heads, head_dim): K at index 0, V at 1, of one position
-side by side, because they are written together. A *slot* is block * block_size + offset.
+side by side, because they are written together. A *slot* is block * block_size + offset. How a block's numbers are
+ordered within it is the implementation's affair, which alone reads and writes them.
 """
 
 from __future__ import annotations

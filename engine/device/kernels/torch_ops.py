@@ -6,7 +6,7 @@ and one call serves many. A prefill chunk is attended alone; one that begins at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -130,7 +130,7 @@ class TorchKernels:
         for group in plan.groups:
             assert group.rows is not None, "a group of some rows names them"
             out.index_copy_(0, group.rows, _attend_group(q.index_select(0, group.rows), kv_cache, group))
-        attend_chunks(num_heads, plan.chunks, qkv, kv_cache, out)
+        attend_chunks(gather, num_heads, plan.chunks, qkv, kv_cache, out)
         return out
 
     # --- elementwise ---
@@ -168,33 +168,43 @@ def plan_chunk(
 
 
 def attend_chunks(
-    num_heads: int, chunks: Sequence[Chunk], qkv: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor
+    gather: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    num_heads: int,
+    chunks: Sequence[Chunk],
+    qkv: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
-    """Into their rows of `out` (num_tokens, num_heads * head_dim)."""
+    """Into their rows of `out` (num_tokens, num_heads * head_dim). `gather` gives the keys and values of some blocks of
+    the cache, (2, num_kv_heads, positions, head_dim)."""
     for chunk in chunks:
         rows = slice(chunk.start, chunk.end)
         q = qkv[rows, : out.shape[1]].view(chunk.end - chunk.start, num_heads, -1)
-        out[rows].view(q.shape).copy_(_attend_chunk(q, qkv[rows, out.shape[1] :], kv_cache, chunk))
+        if chunk.blocks is None:
+            kv = qkv[rows, out.shape[1] :].view(chunk.length, 2, *kv_cache.shape[3:]).permute(1, 2, 0, 3)
+        else:
+            kv = gather(kv_cache, chunk.blocks)[:, :, : chunk.length]
+        out[rows].view(q.shape).copy_(_attend_chunk(q, kv, chunk.mask))
 
 
-def _attend_chunk(q: torch.Tensor, kv: torch.Tensor, kv_cache: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """Many queries of one sequence: (rows, num_heads, head_dim)."""
-    num_kv_heads, head_dim = kv_cache.shape[3:]
-    if chunk.blocks is None:
-        keys_values = kv.view(len(kv), 2, num_kv_heads, head_dim)
-    else:
-        keys_values = kv_cache.index_select(0, chunk.blocks).view(-1, 2, num_kv_heads, head_dim)[: chunk.length]
-    keys_values = keys_values.permute(1, 2, 0, 3).unsqueeze(1)  # (2, 1, num_kv_heads, positions, head_dim)
+def _attend_chunk(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Many queries of one sequence, (rows, num_heads, head_dim), over `kv` (2, num_kv_heads, positions, head_dim)."""
     queries = q.transpose(0, 1).unsqueeze(0)
     out = F.scaled_dot_product_attention(
         queries,
-        keys_values[0],
-        keys_values[1],
-        attn_mask=chunk.mask,
-        is_causal=chunk.mask is None,
-        enable_gqa=queries.shape[1] != num_kv_heads,
+        kv[0].unsqueeze(0),
+        kv[1].unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=queries.shape[1] != kv.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def gather(kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Keys and values of some blocks, in order: (2, num_kv_heads, positions, head_dim)."""
+    num_kv_heads, head_dim = kv_cache.shape[3:]
+    return kv_cache.index_select(0, blocks).view(-1, 2, num_kv_heads, head_dim).permute(1, 2, 0, 3)
 
 
 def _indices(values: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from engine.device.kernels import packed
 from engine.device.kernels.interface import Linear
 from engine.device.kernels.linear import (
-    FBGEMMInt8Linear,
     OneDNNInt8Linear,
+    PanelInt8Linear,
     PanelLinear,
     has_int8_products,
     quantize_weight,
 )
 
 needs_int8_products = pytest.mark.skipif(not has_int8_products(), reason="a processor without sums of int8 products")
-needs_fbgemm = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no fbgemm")
+needs_int8 = pytest.mark.skipif(packed.INT8_LEVELS is None, reason="a processor without AVX2")
 
 INT8 = [
     pytest.param(OneDNNInt8Linear, 127, marks=needs_int8_products, id="onednn"),
-    pytest.param(FBGEMMInt8Linear, 63, marks=needs_fbgemm, id="fbgemm"),
+    pytest.param(PanelInt8Linear, packed.INT8_LEVELS, marks=needs_int8, id="panels"),
 ]
 shapes = st.tuples(st.sampled_from((1, 2, 7, 31, 128, 129, 300)), st.integers(1, 130), st.integers(1, 130))
 Make = Callable[[torch.Tensor, torch.Tensor | None], Linear]
@@ -88,6 +90,27 @@ def test_int8_does_not_overflow_at_its_largest(make: Make, levels: int):
     weight, x = torch.full((16, 1536), 2.0), torch.full((3, 1536), 5.0)
     torch.testing.assert_close(product(make(weight, None), x), torch.full((3, 16), 2.0 * 5.0 * 1536))
     torch.testing.assert_close(product(make(-weight, None), x), torch.full((3, 16), -2.0 * 5.0 * 1536))
+
+
+@needs_int8
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, kind=st.sampled_from(("random", "extreme", "greatest")), seed=st.integers(0, 1000))
+@example(shape=(7, 1536, 25), kind="greatest", seed=0)
+def test_sums_of_int8_products_are_exact(shape: tuple[int, int, int], kind: str, seed: int):
+    """Whatever the numbers are that a row and a weight can have: no sum saturates on its way."""
+    rows, lanes, num_outputs = shape
+    most = 2 * (packed.INT8_LEVELS or 0) + 1
+    source = np.random.default_rng(seed)
+    x, weight = source.integers(1, most + 1, (rows, 4 * lanes)), source.integers(-127, 128, (num_outputs, 4 * lanes))
+    if kind != "random":
+        x = np.where(x > most // 2, most, 1) if kind == "extreme" else np.full_like(x, most)
+        weight = np.where(weight > 0, 127, -127) if kind == "extreme" else np.full_like(weight, 127)
+    offsets = source.integers(-(2**20), 2**20, num_outputs).astype(np.int32)
+    out, ones = np.empty((rows, num_outputs), np.float32), np.ones(max(rows, num_outputs), np.float32)
+    panels = packed.pack(weight.astype(np.int8).view(np.int32))
+    multiply = packed.multiply_int8(panels.size)
+    multiply(x.astype(np.uint8).view(np.int32), panels, offsets, ones[:num_outputs], ones[:rows, None], None, out)
+    np.testing.assert_array_equal(out, (x @ weight.T - offsets).astype(np.float32))
 
 
 def test_each_output_has_its_own_scale():

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.device.kernels import kernels_for
+from engine.device.kernels.attention import gather as numba_gather
 from engine.device.kernels.interface import FlatBatch, Kernels
 from engine.device.kernels.numba_ops import NumbaKernels
 from engine.device.kernels.torch_ops import TorchKernels
+from engine.device.kernels.torch_ops import gather as torch_gather
 from engine.device.models.llama import FlatInput, LlamaModel
 from engine.device.weights.load import open_checkpoint
 from engine.device.weights.rotation import RotatedCheckpoint, cosine_basis
@@ -142,25 +144,40 @@ def naive_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
     group = q.shape[1] // keys.shape[1]
     for row in range(q.shape[0]):
         for head in range(q.shape[1]):
-            seen_keys = keys[: start + row + 1, head // group]
-            weights = (seen_keys @ q[row, head] * q.shape[2] ** -0.5).softmax(0)
-            out[row, head] = weights @ values[: start + row + 1, head // group]
+            seen_keys = keys[: start + row + 1, head // group].double()
+            weights = (seen_keys @ q[row, head].double() * q.shape[2] ** -0.5).softmax(0)
+            out[row, head] = weights @ values[: start + row + 1, head // group].double()
     return out
 
 
-def check_attention(kernels: Kernels, parts: list[Part], num_kv_heads: int, seed: int) -> None:
-    """Whatever else the cache holds, a faulted sequence's NaN included, and wherever a sequence's blocks lie."""
-    num_heads, head_dim = 4, 8
+@dataclass(frozen=True)
+class Shape:
+    """Of a model's attention and its cache."""
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 8
+    block_size: int = BLOCK_SIZE
+
+
+def check_attention(kernels: Kernels, parts: list[Part], shape: Shape, seed: int, *, before: float = torch.nan) -> None:
+    """Whatever else the cache holds (`before`: a faulted sequence's NaN, too), and wherever a sequence's blocks lie."""
+    num_heads, num_kv_heads, head_dim, block_size = (
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.block_size,
+    )
     generator = torch.Generator().manual_seed(seed)
-    num_blocks = sum(-(-(p.start + p.num_tokens) // BLOCK_SIZE) for p in parts) + 3
-    cache = torch.full((num_blocks, BLOCK_SIZE, 2, num_kv_heads, head_dim), torch.nan)
+    num_blocks = sum(-(-(p.start + p.num_tokens) // block_size) for p in parts) + 3
+    cache = torch.full((num_blocks, block_size, 2, num_kv_heads, head_dim), before)
     free = torch.randperm(num_blocks, generator=generator).tolist()
     starts, lengths, tables, new, slots, expected = [0], [], [], [], [], []
     for part in parts:
         length = part.start + part.num_tokens
-        table = [free.pop() for _ in range(-(-length // BLOCK_SIZE))]
+        table = [free.pop() for _ in range(-(-length // block_size))]
         qkv = torch.randn(length, num_heads + 2 * num_kv_heads, head_dim, generator=generator) * 3
-        places = torch.tensor([table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(length)])
+        places = torch.tensor([table[p // block_size] * block_size + p % block_size for p in range(length)])
         store(kernels, qkv[: part.start].flatten(1), cache, places[: part.start])
         q, keys, values = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
         expected.append(naive_attention(q[part.start :], keys, values, part.start).flatten(1))
@@ -171,7 +188,7 @@ def check_attention(kernels: Kernels, parts: list[Part], num_kv_heads: int, seed
         tables.append(table)
     qkv = torch.cat(new)
     store(kernels, qkv, cache, torch.cat(slots))
-    plan = kernels.plan(FlatBatch(query_starts=starts, lengths=lengths, block_tables=tables), BLOCK_SIZE)
+    plan = kernels.plan(FlatBatch(query_starts=starts, lengths=lengths, block_tables=tables), block_size)
     attended = kernels.attention(kernels.array(qkv), num_heads, kernels.array(cache), plan)
     torch.testing.assert_close(kernels.tensor(attended), torch.cat(expected), rtol=1e-4, atol=1e-4)
 
@@ -188,19 +205,41 @@ def store(kernels: Kernels, qkv: torch.Tensor, cache: torch.Tensor, slots: torch
 @settings(max_examples=60)
 @given(parts=parts, num_kv_heads=st.sampled_from((1, 2, 4)), seed=st.integers(0, 1000))
 def test_paged_attention_is_attention(kernels: Kernels, parts: list[Part], num_kv_heads: int, seed: int):
-    check_attention(kernels, parts, num_kv_heads, seed)
+    check_attention(kernels, parts, Shape(num_kv_heads=num_kv_heads), seed)
+
+
+@with_kernels
+@settings(max_examples=30, deadline=None)
+@given(
+    parts=st.lists(st.builds(Part, st.integers(0, 70), st.sampled_from((1, 1, 3, 17))), min_size=1, max_size=4),
+    shape=st.builds(
+        Shape,
+        st.sampled_from((3, 6, 9, 21)),
+        st.sampled_from((1, 3)),
+        st.sampled_from((6, 20, 64, 80)),
+        st.sampled_from((1, 5, 16, 32)),
+    ),
+)
+def test_it_is_so_for_other_shapes_of_models_and_blocks(kernels: Kernels, parts: list[Part], shape: Shape):
+    check_attention(kernels, parts, shape, 0)
+
+
+@pytest.mark.parametrize("start", [0, 1, 14, 15, 16, 31, 32])
+def test_nothing_that_lies_in_a_block_behind_the_sequence_is_attended(start: int):
+    """At and around the edges of blocks: a block's last owner left what is no number."""
+    check_attention(NUMBA, [Part(start, 1), Part(start + 1, 1)], Shape(9, 3, 64, 16), 0, before=torch.nan)
 
 
 @with_kernels
 @pytest.mark.parametrize("starts", [(9, 10, 11), (3, 7, 11), (40, 3, 41, 2), (5, 90, 6, 88, 7, 30)])
 def test_a_batch_of_decodes_keeps_its_order(kernels: Kernels, starts: tuple[int, ...]):
     """One group of similar lengths, full blocks among them, and several groups."""
-    check_attention(kernels, [Part(start, 1) for start in starts], 2, 0)
+    check_attention(kernels, [Part(start, 1) for start in starts], Shape(), 0)
 
 
 @with_kernels
 def test_many_positions_are_attended_by_several_threads_as_by_one(kernels: Kernels):
-    check_attention(kernels, [Part(start, 1) for start in range(40, 120)], 2, 0)
+    check_attention(kernels, [Part(start, 1) for start in range(40, 120)], Shape(), 0)
 
 
 # --- few rows, and as many as are shared out among threads ---
@@ -225,7 +264,8 @@ def test_each_pair_of_halves_is_turned_by_its_angle_and_stored_in_its_slot_and_n
     slots = torch.randperm((num_rows + 2) * BLOCK_SIZE)[:num_rows]
     kernels.rotate_and_store(*(kernels.array(t) if torch.is_tensor(t) else t for t in (qkv, 3, cos, sin, cache, slots)))
     torch.testing.assert_close(qkv.view(num_rows, 7, 4), expected)
-    rows = cache.view(-1, 16)
+    gather = numba_gather if isinstance(kernels, NumbaKernels) else torch_gather
+    rows = gather(cache, torch.arange(len(cache))).permute(2, 0, 1, 3).flatten(1)  # by slot
     assert torch.equal(rows[slots], qkv[:, 3 * 4 :])
     assert rows.count_nonzero() == num_rows * 16
 

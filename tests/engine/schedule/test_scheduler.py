@@ -46,6 +46,67 @@ def iterate(scheduler: Scheduler, token: int = TOKEN) -> list[int]:
     return ids
 
 
+# --- how many prompt tokens join those who decode ---
+
+
+def iterate_timed(scheduler: Scheduler, token_s: float) -> list[int]:
+    """One iteration that takes so long for each of its tokens; the tokens of its parts."""
+    batch = scheduler.schedule(2.0)
+    assert batch is not None
+    sizes = [part.num_tokens for part in batch.sequences]
+    sampled = [SampledToken(TOKEN, None) for part in batch.sequences if part.samples]
+    scheduler.update(batch, sampled)
+    scheduler.observe(batch.counts, token_s * sum(sizes))
+    return sizes
+
+
+def make_paced(**limits: Any) -> Scheduler:
+    return Scheduler(
+        SchedulerConfig(**limits),
+        BlockPool(512, 16, False),
+        max_model_len=4096,
+        eos_token_ids=frozenset(),
+        vocab_size=VOCAB_SIZE,
+        suited_budget=512,
+        suited_iteration_s=0.1,
+    )
+
+
+def chunks_beside_a_decode(scheduler: Scheduler, token_s: float, prompt_len: int = 2000) -> list[int]:
+    """How a prompt is cut while another sequence decodes."""
+    add(scheduler, 0, 4, max_tokens=1000)
+    assert iterate_timed(scheduler, token_s) == [4]
+    add(scheduler, 1, prompt_len)
+    sizes: list[int] = []
+    while sum(sizes) < prompt_len:
+        decode, chunk = iterate_timed(scheduler, token_s)
+        assert decode == 1
+        sizes.append(chunk)
+    return sizes
+
+
+def test_a_prompt_alone_is_computed_at_the_whole_budget():
+    scheduler = make_paced()
+    add(scheduler, 0, 2000)
+    assert [iterate_timed(scheduler, 1e-3) for _ in range(4)] == [[512], [512], [512], [464]]
+
+
+def test_beside_a_decode_a_prompt_is_cut_so_that_iterations_take_what_suits():
+    sizes = chunks_beside_a_decode(make_paced(), 1e-3)
+    assert all(0.06 <= 1e-3 * (size + 1) <= 0.11 for size in sizes[:-1])
+    assert all(1e-3 * (size + 1) >= 0.09 for size in sizes[5:-1])
+
+
+def test_a_fast_device_comes_to_take_the_whole_budget():
+    assert max(chunks_beside_a_decode(make_paced(), 1e-5, 3900)) == 511
+
+
+def test_chunks_whose_length_or_absence_the_operator_chose_are_left_as_they_are():
+    assert set(chunks_beside_a_decode(make_paced(long_prefill_token_threshold=200), 1e-3)) == {200}
+    scheduler = make_paced(enable_chunked_prefill=False, max_num_batched_tokens=4096)
+    assert chunks_beside_a_decode(scheduler, 1e-3) == [2000]
+
+
 # --- who is served ---
 
 
