@@ -145,6 +145,13 @@ class StatsConfig:
     latency_buckets: Annotated[
         Literal["standard", "fine"], Flag("fine has more bounds below 300 ms (default: %(default)s)")
     ] = "standard"
+    metrics_view: Annotated[
+        Literal["engines", "pool"],
+        Flag(
+            "what the public /metrics has of queues and KV caches: each engine's, or with pool one sample for all, for"
+            " routers that read one sample a name at a fixed path (default: %(default)s)"
+        ),
+    ] = "engines"
     otlp_traces_endpoint: Annotated[
         Text | None, Flag("send each request's trace there, OTLP over HTTP", metavar="URL", parse=url)
     ] = None

@@ -3,6 +3,7 @@
 Public: the OpenAI API, and what speaks of the whole deployment:
 
     /metrics   /metrics/engine/K   /metrics/processes   whole; an engine alone; processes that have no port of their own
+    /metrics/engines                                    whole, also where --metrics-view makes the engines one there
     /metrics/pool                                       the engines as one, for load-aware routers
     /prometheus/targets                                 what to scrape in place of /metrics
     /health  /ping  /version  /load  /deployment
@@ -24,7 +25,7 @@ from aiohttp import web
 
 from engine.wire import Deployment, ServerConfig
 from frontend import api
-from frontend.counters import UNROUTED
+from frontend.counters import UNROUTED, HTTPAnswer
 from frontend.deployment_view import DeploymentView
 from frontend.errors import ApiError, EngineUnavailable, NotFound, Unauthorized, error_middleware
 from frontend.routes import Handler, Route, mount, route_of, status_route
@@ -93,6 +94,7 @@ class StatusRoutes:
             *self._common(),
             status_route("/metrics", whole),
             status_route("/metrics/", whole),
+            status_route("/metrics/engines", scraped(lambda services, asked, _: services.scrape.engines(asked))),
             status_route("/metrics/engine/{engine}", engine),
             status_route("/metrics/pool", pool),
             status_route(PROCESSES_PATH, scraped(lambda services, asked, _: services.scrape.processes(asked))),
@@ -245,14 +247,22 @@ def _http_metrics(state: State) -> Any:
         if label is None:
             return await handler(request)
         started_at = time.monotonic()
-        status = CLIENT_GONE
+        status, num_bytes = CLIENT_GONE, None
         try:
             response = await handler(request)
-            status = response.status
+            status, num_bytes = response.status, response.content_length
         finally:
             services = state.services
             if services is not None:
-                services.record.answered(request.method, label, status, time.monotonic() - started_at)
+                answer = HTTPAnswer(
+                    method=request.method,
+                    handler=label,
+                    status=status,
+                    seconds=time.monotonic() - started_at,
+                    num_request_bytes=request.content_length or 0,
+                    num_response_bytes=num_bytes or 0,
+                )
+                services.record.answered(answer)
                 services.group.soon()
         if services is not None and not response.prepared:
             await services.group.committed()  # P4: counted before it is seen

@@ -85,16 +85,7 @@ class Services:
             num_api_servers=config.num_api_servers,
             on_load=self.clients.on_load,
         )
-        self.scrape = Scrape(
-            config.directory,
-            identity,
-            layouts,
-            facts,
-            self.exporter,
-            lambda: view.table,
-            log_stats=config.stats.log_stats,
-            clock=boottime,
-        )
+        self.scrape = self._make_scrape(config, facts, identity, layouts)
         self.openai = self._make_api(config, facts, tokenizer)
         self._process = ProcessMetrics(self._store.tally)
         self._housekeeping = asyncio.create_task(self._keep_house())
@@ -108,6 +99,22 @@ class Services:
     def pool_figures(self) -> Figures | None:
         """Of the engines heard; the same in every API server."""
         return self.pool.figures(self.exporter.heard())
+
+    def _make_scrape(self, config: ServerConfig, facts: Facts, identity: Identity, layouts: Layouts) -> Scrape:
+        return Scrape(
+            config.directory,
+            identity,
+            layouts,
+            facts,
+            self.exporter,
+            lambda: self._view.table,
+            log_stats=config.stats.log_stats,
+            clock=boottime,
+            pool=self._pool_samples if config.stats.metrics_view == "pool" else None,
+        )
+
+    def _pool_samples(self) -> list[tuple[str, dict[str, str], float]]:
+        return self.pool.samples(self.pool_figures())
 
     def pool_exposition(self, form: Format) -> bytes:
         """The engines as one, as text."""

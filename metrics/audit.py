@@ -86,7 +86,8 @@ def _scrape(url: str) -> Samples:
     """Raises AuditError."""
     base = url if "://" in url else f"http://{url}"
     try:
-        with urllib.request.urlopen(f"{base.rstrip('/').removesuffix('/metrics')}/metrics", timeout=10) as answer:
+        address = f"{base.rstrip('/').removesuffix('/metrics')}/metrics/engines"
+        with urllib.request.urlopen(address, timeout=10) as answer:
             samples = parse_samples(answer.read().decode())
     except (OSError, ValueError) as error:  # URLError is an OSError
         raise AuditError(f"no metrics at {url}: {error}") from error

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -176,7 +176,7 @@ class Template:
 
     __slots__ = ("_buckets", "_exemplar_lines", "_lines", "_sources")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the labels and the choices that it prepares for, each by name
         self,
         layout: Layout,
         scopes: Sequence[Scope],
@@ -186,21 +186,25 @@ class Template:
         process: str | None = None,
         log_stats: bool = True,
         has_gauges: bool = True,
+        without: Set[str] = frozenset(),
     ) -> None:
+        """`without` names metrics that are left out."""
         shown = [
             series
             for series in layout.series
-            if series.metric.scope in scopes and (has_gauges if series.metric.kind is Kind.GAUGE else log_stats)
+            if series.metric.scope in scopes
+            and series.metric.name not in without
+            and (has_gauges if series.metric.kind is Kind.GAUGE else log_stats)
         ]
-        histograms = [series for series in shown if series.bounds is not None]
+        histograms = [series for series in shown if series.bounds]
         most = max((series.num_cells - 1 for series in histograms), default=0)
         sources: list[int] = []  # of each line: where its value is among the cells and, after them, cumulated buckets
         families: dict[str, tuple[Metric, list[Line]]] = {}
         cumulated = layout.num_cells
         self._exemplar_lines: dict[int, int] = {}  # by bucket's cell
         for series in shown:
-            if series.bounds is None:
-                sources.append(series.offset)
+            if not series.bounds:
+                sources.extend(range(series.offset, series.offset + series.num_cells))  # a value; or count and sum
             else:
                 infinity = len(series.bounds)
                 self._exemplar_lines |= {series.offset + i: len(sources) + i for i in range(infinity + 1)}
@@ -265,30 +269,34 @@ def _lines(series: Series, constant: Labels) -> Iterator[Line]:
     if series.bounds is None:
         yield Line("", labels, series.metric.kind is Kind.COUNTER)
         return
-    for bound in (*series.bounds, math.inf):
+    for bound in (*series.bounds, math.inf) if series.bounds else ():
         yield Line("_bucket", (*labels, ("le", format_value(bound))), False)
     yield Line("_count", labels, False)
     yield Line("_sum", labels, True)
 
 
 _SCRAPE: Final = {metric.name: metric for metric in METRICS if metric.scope is Scope.SCRAPE}
+_OF_ENGINES: Final = {metric.name: metric for metric in METRICS if metric.kind is Kind.GAUGE and metric.has_engine}
 
 
-def scrape_part(samples: Iterable[tuple[str, Mapping[str, str], float]], *, model_name: str = "") -> Part:
+def scrape_part(
+    samples: Iterable[tuple[str, Mapping[str, str], float]], *, model_name: str = "", of_all_engines: bool = False
+) -> Part:
     """A part of metrics of scope SCRAPE, made while answering: (name, labels, value). model_name is added where the
-    metric has it."""
+    metric has it. `of_all_engines`: a part of engines' gauges instead, each for all of them and without `engine`."""
     samples = tuple(samples)
     described = tuple((name, tuple(sorted(labels.items()))) for name, labels, _ in samples)
     values = np.array([value for _, _, value in samples], dtype=np.float64)
-    return Part(_scrape_lines(described, model_name), values, np.zeros(1))
+    return Part(_scrape_lines(described, model_name, of_all_engines), values, np.zeros(1))
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _scrape_lines(described: tuple[tuple[str, Labels], ...], model_name: str) -> Lines:
+def _scrape_lines(described: tuple[tuple[str, Labels], ...], model_name: str, of_all_engines: bool) -> Lines:
     families = []
     for name, labels in described:
-        metric = _SCRAPE[name]
-        declared = {label.name for label in metric.labels} | ({"engine"} if metric.has_engine else set())
+        metric = (_OF_ENGINES if of_all_engines else _SCRAPE)[name]
+        has_engine = metric.has_engine and not of_all_engines
+        declared = {label.name for label in metric.labels} | ({"engine"} if has_engine else set())
         assert {label for label, _ in labels} == declared, (name, labels)
         labels += (("model_name", model_name),) if metric.has_model else ()
         families.append((metric, (Line("", labels, False),)))

@@ -404,7 +404,8 @@ def samples_of_tally(layout: Layout, cells: Sequence[float], **labels: str) -> d
         total = 0.0
         for index, bound in enumerate((*series.bounds, math.inf)):
             total += float(cells[series.offset + index])
-            samples[f"{name}_bucket", pairs | {("le", "+Inf" if bound == math.inf else repr(float(bound)))}] = total
+            if series.bounds:
+                samples[f"{name}_bucket", pairs | {("le", "+Inf" if bound == math.inf else repr(float(bound)))}] = total
         samples[f"{name}_count", pairs] = total
         samples[f"{name}_sum", pairs] = float(cells[series.offset + series.num_cells - 1])
     return samples

@@ -2,7 +2,7 @@
 
 A tally's layout depends on the process's role and on the deployment's shape only, both fixed for the deployment's
 life. Counters and gauges have one cell a series; a histogram has one for each bound and one for +Inf (each counts its
-own bucket, not cumulatively) and then its sum.
+own bucket, not cumulatively) and then its sum. A summary is a histogram without bounds: its count and its sum.
 
 The labels model_name and, in an engine's tally, engine are the same in all series of a tally and therefore not in its
 layout; in an API server's tally `engine` is a label like any other.
@@ -61,7 +61,7 @@ class Series:
     labels: Labels
     offset: int
     num_cells: int
-    bounds: Bounds | None  # of a histogram
+    bounds: Bounds | None  # of a histogram; () of a summary
 
 
 class Layout:
@@ -88,7 +88,7 @@ class Layout:
         return series.offset
 
     def histogram(self, name: str, **labels: str) -> Histogram:
-        """The cells of a histogram; raises LayoutError."""
+        """The cells of a histogram or summary; raises LayoutError."""
         series = self._find(name, labels)
         if series.bounds is None:
             raise LayoutError(f"{name} is no histogram")
@@ -122,6 +122,8 @@ def _series(role: str, shape: Shape) -> Iterator[Series]:
         if metric.kind is Kind.HISTOGRAM:
             assert metric.buckets is not None, metric.name
             bounds = bounds_of(metric.buckets, shape.max_model_len, overrides)
+        elif metric.kind is Kind.SUMMARY:
+            bounds = ()
         num_cells = 1 if bounds is None else len(bounds) + 2
         for labels in _label_sets(metric, shape):
             yield Series(metric=metric, labels=labels, offset=offset, num_cells=num_cells, bounds=bounds)

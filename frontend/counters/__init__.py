@@ -10,9 +10,11 @@ from frontend.counters.request_record import (
     OBSERVED_REASONS,
     REASON_ORDER,
     UNROUTED,
+    EndedRequest,
     EngineRecord,
     EngineTimes,
-    FinishedRequest,
+    FinishedSequence,
+    HTTPAnswer,
     RequestRecord,
 )
 
@@ -20,9 +22,11 @@ __all__ = [
     "OBSERVED_REASONS",
     "REASON_ORDER",
     "UNROUTED",
+    "EndedRequest",
     "EngineRecord",
     "EngineTimes",
-    "FinishedRequest",
+    "FinishedSequence",
     "GroupCommit",
+    "HTTPAnswer",
     "RequestRecord",
 ]

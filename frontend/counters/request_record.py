@@ -9,7 +9,8 @@ The tokens' ledger (P6): `received` counts every token that came from an engine;
 is in flight. `close_books` settles both for what a dead predecessor left open.
 
 Which clock: time to first token and end-to-end latency are the API server's; all other times are differences between
-the engine's instants. With n > 1 a request counts once.
+the engine's instants. With n > 1 each sequence counts as a request under vLLM's names, as vLLM counts it, so that
+ratios of its metrics mean what they mean there; the request's own view is under `wholebatch:request_*`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Exemplify = Callable[[Histogram, float, Origin], None]  # what a histogram has o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineTimes:
-    """How long a request was where in the engine, in seconds."""
+    """How long a sequence was where in the engine, in seconds."""
 
     queue_s: float
     prefill_s: float
@@ -41,21 +42,43 @@ class EngineTimes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedRequest:
-    """One request at its end. `num_tokens` has the generated tokens of each of its n sequences."""
+class FinishedSequence:
+    """One of a request's n sequences at its end."""
 
     reason: str  # one of OBSERVED_REASONS
     num_prompt_tokens: int
     num_cached_tokens: int
-    num_tokens: Sequence[int]
+    num_tokens: int
     max_tokens: int
     num_preemptions: int
     e2e_s: float
     decode_s: float  # first token to last
-    longest_decode_s: float  # of the sequence with most tokens
     engine: EngineTimes | None  # None: it never had a token
-    longest_gap_s: float | None = None  # between two tokens of a sequence; None: there were no two
+    longest_gap_s: float | None = None  # between two tokens; None: there were no two
     origin: Origin | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedRequest:
+    """A request whose answer is complete. `reason` is one of FINISHED_REASONS; `num_tokens` has the generated tokens of
+    each of its n sequences."""
+
+    reason: str
+    num_tokens: Sequence[int]
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HTTPAnswer:
+    """One answered HTTP request. `handler` is a route's template, never a path. Sizes are as Content-Length says, 0
+    where it says nothing."""
+
+    method: str
+    handler: str
+    status: int
+    seconds: float
+    num_request_bytes: int = 0
+    num_response_bytes: int = 0
 
 
 class EngineRecord:
@@ -85,8 +108,12 @@ class EngineRecord:
         self._in_flight = cell("wholebatch:api_server_requests_in_flight")
         self._prefill_tokens = cell("wholebatch:api_server_prefill_tokens")
         self._success = {r: cell("vllm:request_success_total", finished_reason=r) for r in FINISHED_REASONS}
+        self._requests = {r: cell("wholebatch:request_ended_total", finished_reason=r) for r in FINISHED_REASONS}
         self._stale_snapshots = cell("wholebatch:stale_snapshots_total")
         self._histograms = {name: layout.histogram(f"vllm:{name}", engine=label) for name in _HISTOGRAMS}
+        self._of_requests = {
+            name: layout.histogram(f"wholebatch:request_{name}", engine=label) for name in _HISTOGRAMS_OF_REQUESTS
+        }
         self._num_delivered = 0  # and not in the tally yet
         self._gap_s = 0.0  # that the last tokens came after, and how many of them are not observed yet
         self._num_gaps = 0
@@ -127,9 +154,13 @@ class EngineRecord:
         self._tally.set(self._prefill_tokens, self.num_prefill_tokens)
 
     def first_token(self, seconds: float, origin: Origin | None = None) -> None:
-        """A request's first token came, so long after the request."""
+        """A sequence's first token came, so long after the request."""
         self._observe(self._histograms["time_to_first_token_seconds"], seconds, 1)
         self._exemplary("time_to_first_token_seconds", seconds, origin)
+
+    def request_first_token(self, seconds: float) -> None:
+        """The first token of any of a request's sequences came."""
+        self._observe(self._of_requests["time_to_first_token_seconds"], seconds, 1)
 
     def later_tokens(self, gap_s: float, num_tokens: int) -> None:
         """Later tokens of a sequence came, each so long after the one before; all observed with the next `flush`."""
@@ -148,35 +179,47 @@ class EngineRecord:
         """A snapshot was not newer than the one held."""
         self._tally.inc(self._stale_snapshots)
 
-    def gave_up(self, reason: str) -> None:
-        """A request ended by abort or error; no histogram observes it."""
-        self._tally.inc(self._success[reason])
+    def gave_up(self, reason: str, num_sequences: int = 1) -> None:
+        """Sequences ended by abort or error; no histogram observes them."""
+        self._tally.inc(self._success[reason], num_sequences)
 
-    def finished(self, request: FinishedRequest) -> None:
-        """A request ended as it should."""
-        self._tally.inc(self._success[request.reason])
-        longest = max(request.num_tokens)
+    def finished(self, sequence: FinishedSequence) -> None:
+        """A sequence ended as it should."""
+        self._tally.inc(self._success[sequence.reason])
+        num_later = sequence.num_tokens - 1
         values = {
-            "e2e_request_latency_seconds": request.e2e_s,
-            "request_decode_time_seconds": request.decode_s,
-            "request_time_per_output_token_seconds": request.longest_decode_s / (longest - 1) if longest > 1 else 0.0,
-            "request_prompt_tokens": request.num_prompt_tokens,
-            "request_prefill_kv_computed_tokens": request.num_prompt_tokens - request.num_cached_tokens,
-            "request_generation_tokens": sum(request.num_tokens),
-            "request_max_num_generation_tokens": longest,
-            "request_params_n": len(request.num_tokens),
-            "request_params_max_tokens": request.max_tokens,
-            "request_num_preemptions": request.num_preemptions,
+            "e2e_request_latency_seconds": sequence.e2e_s,
+            "request_decode_time_seconds": sequence.decode_s,
+            "request_time_per_output_token_seconds": sequence.decode_s / num_later if num_later > 0 else 0.0,
+            "request_prompt_tokens": sequence.num_prompt_tokens,
+            "request_prefill_kv_computed_tokens": sequence.num_prompt_tokens - sequence.num_cached_tokens,
+            "request_generation_tokens": sequence.num_tokens,
+            "request_params_max_tokens": sequence.max_tokens,
+            "request_num_preemptions": sequence.num_preemptions,
         }
         for name, value in values.items():
             self._observe(self._histograms[name], value, 1)
-        self._exemplary("e2e_request_latency_seconds", request.e2e_s, request.origin)
-        self._exemplary("inter_token_latency_seconds", request.longest_gap_s, request.origin)
-        if request.engine is not None:
-            self.engine_times(request.engine)
+        self._exemplary("e2e_request_latency_seconds", sequence.e2e_s, sequence.origin)
+        self._exemplary("inter_token_latency_seconds", sequence.longest_gap_s, sequence.origin)
+        if sequence.engine is not None:
+            self.engine_times(sequence.engine)
+
+    def request_gave_up(self, reason: str) -> None:
+        """A whole request ended by abort or error."""
+        self._tally.inc(self._requests[reason])
+
+    def request_ended(self, request: EndedRequest) -> None:
+        """A whole request's answer is complete. As in vLLM, n and the longest sequence are observed once a request."""
+        self._tally.inc(self._requests[request.reason])
+        if request.reason not in OBSERVED_REASONS:
+            return
+        self._observe(self._histograms["request_params_n"], len(request.num_tokens), 1)
+        self._observe(self._histograms["request_max_num_generation_tokens"], max(request.num_tokens), 1)
+        self._observe(self._of_requests["latency_seconds"], request.latency_s, 1)
+        self._observe(self._of_requests["output_tokens"], sum(request.num_tokens), 1)
 
     def engine_times(self, times: EngineTimes) -> None:
-        """The engine told where a finished request's time went."""
+        """The engine told where a finished sequence's time went."""
         self._observe(self._histograms["request_queue_time_seconds"], times.queue_s, 1)
         self._observe(self._histograms["request_prefill_time_seconds"], times.prefill_s, 1)
         self._observe(self._histograms["request_inference_time_seconds"], times.inference_s, 1)
@@ -222,6 +265,7 @@ _HISTOGRAMS: Final = (
     "request_params_max_tokens",
     "request_num_preemptions",
 )
+_HISTOGRAMS_OF_REQUESTS: Final = ("time_to_first_token_seconds", "latency_seconds", "output_tokens")
 
 
 class RequestRecord:
@@ -251,13 +295,22 @@ class RequestRecord:
             for method in METHODS
             for handler in HANDLERS
         }
+        self._http_all_seconds = layout.histogram("http_request_duration_highr_seconds")
+        self._http_bytes = {
+            handler: [layout.histogram(f"http_{what}_size_bytes", handler=handler) for what in ("request", "response")]
+            for handler in HANDLERS
+        }
 
-    def answered(self, method: str, handler: str, status: int, seconds: float) -> None:
-        """One HTTP answer; `handler` is a route's template, never a path."""
-        method = method if method in METHODS else OTHER
-        handler = handler if handler in HANDLERS else UNROUTED
-        self._tally.inc(self._http[method, handler, f"{status // 100}xx"])
-        self._observe(self._http_seconds[method, handler], seconds, 1)
+    def answered(self, answer: HTTPAnswer) -> None:
+        """One HTTP request was answered."""
+        method = answer.method if answer.method in METHODS else OTHER
+        handler = answer.handler if answer.handler in HANDLERS else UNROUTED
+        self._tally.inc(self._http[method, handler, f"{answer.status // 100}xx"])
+        self._observe(self._http_seconds[method, handler], answer.seconds, 1)
+        self._observe(self._http_all_seconds, answer.seconds, 1)
+        sizes = (answer.num_request_bytes, answer.num_response_bytes)
+        for summary, num_bytes in zip(self._http_bytes[handler], sizes, strict=True):
+            self._observe(summary, num_bytes, 1)
 
     def rejected(self, reason: str) -> None:
         """A request was refused at the door."""

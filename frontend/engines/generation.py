@@ -21,9 +21,10 @@ from frontend.context import RequestContext
 from frontend.counters import (
     OBSERVED_REASONS,
     REASON_ORDER,
+    EndedRequest,
     EngineRecord,
     EngineTimes,
-    FinishedRequest,
+    FinishedSequence,
     GroupCommit,
 )
 from frontend.errors import ApiError, EngineLost
@@ -80,13 +81,15 @@ class EngineSide(Protocol):
 
 @dataclass(slots=True)
 class SequenceState:
-    """One of the n sequences. Instants are the engine's."""
+    """One of the n sequences. Instants are the engine's, but for `ended_at`, which is the API server's."""
 
     index: int
     request_id: int
     num_tokens: int = 0
     first_at: float = 0.0
     last_at: float = 0.0
+    ended_at: float = 0.0
+    longest_gap_s: float | None = None  # None: there were no two tokens
     start: Start | None = None  # the newest one told
     reason: str | None = None  # None: still open
 
@@ -120,7 +123,6 @@ class Generation:
         self._num_held = 0
         self.num_delivered = 0
         self._has_first_token = False
-        self._longest_gap_s: float | None = None
         self._is_finished = False
         self._is_closed = False
         self.error: EngineLost | None = None
@@ -201,10 +203,15 @@ class Generation:
         reasons = {sequence.reason for sequence in self.sequences}
         assert None not in reasons, "a request is finished while a sequence of it is open"
         reason = next(reason for reason in REASON_ORDER if reason in reasons)
-        if reason in OBSERVED_REASONS:
-            self._record.finished(self._summary(reason))
-        else:
-            self._record.gave_up(reason)
+        for sequence in self.sequences:
+            assert sequence.reason is not None
+            if sequence.reason in OBSERVED_REASONS:
+                self._record.finished(self._finished(sequence, sequence.reason))
+            else:
+                self._record.gave_up(sequence.reason)
+        latency_s = self._clock() - self._asked.context.arrived_at
+        num_tokens = [sequence.num_tokens for sequence in self.sequences]
+        self._record.request_ended(EndedRequest(reason=reason, num_tokens=num_tokens, latency_s=latency_s))
         if self._observer is not None:
             self._observer.finished()
 
@@ -220,7 +227,9 @@ class Generation:
         if self._num_held:
             self.undelivered(self._num_held, "error" if failed else "disconnect")
         if not self._is_finished:
-            self._record.gave_up("error" if failed else "abort")
+            reason = "error" if failed else "abort"
+            self._record.gave_up(reason, len(self.sequences))
+            self._record.request_gave_up(reason)
         self._group.soon()
         if self._observer is not None:
             self._observer.closed(self)
@@ -228,25 +237,31 @@ class Generation:
     # --- inside ---
 
     def _observe_tokens(self, sequence: SequenceState, num_tokens: int, at: float) -> None:
-        if not self._has_first_token:
-            self._has_first_token = True
-            context = self._asked.context
-            self._record.first_token(self._clock() - context.arrived_at, context.origin)
         if self._observer is not None:
             self._observer.arrived(at)
         num_later, gap_s = num_tokens, (at - sequence.last_at) / num_tokens
         if sequence.num_tokens == 0:
-            self._record.prefilling(-self._asked.num_prompt_tokens)
+            self._observe_first_token()
             sequence.first_at = at
             num_later, gap_s = num_tokens - 1, 0.0
         if num_later:
             self._record.later_tokens(gap_s, num_later)
-            self._longest_gap_s = max(self._longest_gap_s or 0.0, gap_s)
+            sequence.longest_gap_s = max(sequence.longest_gap_s or 0.0, gap_s)
         sequence.last_at = at
         sequence.num_tokens += num_tokens
 
+    def _observe_first_token(self) -> None:
+        context = self._asked.context
+        seconds = self._clock() - context.arrived_at
+        self._record.prefilling(-self._asked.num_prompt_tokens)
+        self._record.first_token(seconds, context.origin)
+        if not self._has_first_token:
+            self._has_first_token = True
+            self._record.request_first_token(seconds)
+
     def _end(self, sequence: SequenceState, reason: str) -> None:
         sequence.reason = reason
+        sequence.ended_at = self._clock()
         if sequence.num_tokens == 0:
             self._record.prefilling(-self._asked.num_prompt_tokens)
         self._record.ended(reason)
@@ -266,34 +281,26 @@ class Generation:
         assert 0 <= num_tokens <= self._num_held, f"{num_tokens} tokens settled, {self._num_held} held"
         self._num_held -= num_tokens
 
-    def _summary(self, reason: str) -> FinishedRequest:
-        sequences = self.sequences
-        longest = max(sequences, key=lambda sequence: sequence.num_tokens)
-        starts = [sequence.start for sequence in sequences if sequence.start is not None]
-        started = [sequence for sequence in sequences if sequence.num_tokens]
-        first_at = min((sequence.first_at for sequence in started), default=0.0)
-        last_at = max((sequence.last_at for sequence in started), default=0.0)
-        return FinishedRequest(
+    def _finished(self, sequence: SequenceState, reason: str) -> FinishedSequence:
+        start = sequence.start
+        return FinishedSequence(
             reason=reason,
             num_prompt_tokens=self._asked.num_prompt_tokens,
-            num_cached_tokens=min((start.num_cached_tokens for start in starts), default=0),
-            num_tokens=[sequence.num_tokens for sequence in sequences],
+            num_cached_tokens=0 if start is None else start.num_cached_tokens,
+            num_tokens=sequence.num_tokens,
             max_tokens=self._asked.sampling.max_tokens,
-            num_preemptions=sum(start.num_preemptions for start in starts),
-            e2e_s=self._clock() - self._asked.context.arrived_at,
-            decode_s=last_at - first_at,
-            longest_decode_s=longest.last_at - longest.first_at,
-            engine=_engine_times(starts, first_at, last_at) if starts else None,
-            longest_gap_s=self._longest_gap_s,
+            num_preemptions=0 if start is None else start.num_preemptions,
+            e2e_s=sequence.ended_at - self._asked.context.arrived_at,
+            decode_s=sequence.last_at - sequence.first_at,
+            engine=None if start is None else _engine_times(start, sequence),
+            longest_gap_s=sequence.longest_gap_s,
             origin=self._asked.context.origin,
         )
 
 
-def _engine_times(starts: Sequence[Start], first_at: float, last_at: float) -> EngineTimes:
-    """Of n sequences: from the first one's arrival, scheduling and token to the last one's last token."""
-    scheduled_at = min(start.scheduled_at for start in starts)
+def _engine_times(start: Start, sequence: SequenceState) -> EngineTimes:
     return EngineTimes(
-        queue_s=scheduled_at - min(start.arrived_at for start in starts),
-        prefill_s=first_at - scheduled_at,
-        inference_s=last_at - scheduled_at,
+        queue_s=start.scheduled_at - start.arrived_at,
+        prefill_s=sequence.first_at - start.scheduled_at,
+        inference_s=sequence.last_at - start.scheduled_at,
     )

@@ -1,7 +1,8 @@
 """The engines together as one: few figures without an `engine` label, for whoever reads one sample a name. Pure.
 
 Load-aware routers know one queue and one cache an endpoint; of several series of one name they read the first or the
-last. `exposition` is what `GET /metrics/pool` answers, `load_report` what a request asks for by the header
+last. `exposition` is what `GET /metrics/pool` answers, `samples` are those that `--metrics-view pool` puts in the place
+of each engine's in the public `/metrics`, `load_report` what a request asks for by the header
 `endpoint-load-metrics-format` (ORCA, as vLLM answers it).
 
 Made from the newest snapshot of every engine that was heard within the lease: those are broadcast to every API server,
@@ -31,6 +32,8 @@ WAITING: Final = "vllm:num_requests_waiting"
 CACHE_USAGE: Final = "vllm:kv_cache_usage_perc"
 CACHE_CONFIG: Final = "vllm:cache_config_info"
 OLD_CACHE_USAGE: Final = "vllm:gpu_cache_usage_perc"
+
+POOLED: Final = frozenset({RUNNING, WAITING, CACHE_USAGE, CACHE_CONFIG})  # of the names that are vLLM's today
 
 _HELP: Final = {metric.name: metric.help for metric in METRICS}
 _HELP_OF_OLD: Final = f"{CACHE_USAGE} under its older name."
@@ -68,6 +71,17 @@ class Pool:
         """Prometheus' text, in either format; no series where there are no figures."""
         lines = [] if figures is None else [*self._lines(figures)]
         return "".join([*lines, "# EOF\n" if form.is_openmetrics else ""]).encode()
+
+    def samples(self, figures: Figures | None) -> list[tuple[str, dict[str, str], float]]:
+        """(name, labels, value) of those of POOLED; none where there are no figures."""
+        if figures is None:
+            return []
+        return [
+            (RUNNING, {}, figures.num_running),
+            (WAITING, {}, figures.num_waiting),
+            (CACHE_USAGE, {}, figures.kv_usage),
+            (CACHE_CONFIG, cache_config(self._facts, figures.num_engines), 1.0),
+        ]
 
     def _lines(self, figures: Figures) -> Iterator[str]:
         labels = ",".join(f'{name}="{value}"' for name, value in cache_config(self._facts, figures.num_engines).items())

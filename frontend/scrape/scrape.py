@@ -1,10 +1,14 @@
 """What one answer to a scrape consists of: whose series, of which scopes, and the last look at the leases.
 
 Public port: the whole deployment. Request-level series are summed over every API server's tally file, whichever API
-server answers; each engine's series come from its exporter; every process has its own process series. Admin port: this
-process's own, and the series of the engines whose exporter it is, so that the admin ports sum to the public one; or its
-own alone, for targets by discovery (`frontend.scrape.discovery`), where every engine is a target of its own. Exemplars
-go with the request-level series, in OpenMetrics: of each bucket the newest one, of any API server or of this one.
+server answers; each engine's series come from its exporter; every process has its own process series. With
+`--metrics-view pool` the queues and caches in it are those of all engines together, without a label `engine`: one
+sample a name, so that a router finds the same whether it keeps the first or the last, and no sum has an engine twice.
+
+Admin port: this process's own, and the series of the engines whose exporter it is, so that the admin ports sum to the
+public one; or its own alone, for targets by discovery (`frontend.scrape.discovery`), where every engine is a target of
+its own. Exemplars go with the request-level series, in OpenMetrics: of each bucket the newest one, of any API server or
+of this one.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import numpy as np
 from engine.wire import Deployment, Facts
 from frontend.engines import Identity, InFlight
 from frontend.scrape.exporter import Exportable, Exporter
-from frontend.scrape.pool import cache_config
+from frontend.scrape.pool import POOLED, cache_config
 from frontend.scrape.request import ScrapeRequest
 from metrics.catalogue import API_SERVER, ENGINE, ROLES, SUPERVISOR, Scope
 from metrics.exposition import (
@@ -38,6 +42,7 @@ from metrics.layout import Layout, Shape, build_layout
 from metrics.usage import python_info
 
 Engines = Mapping[int, Exportable]
+Sample = tuple[str, dict[str, str], float]  # name, labels, value
 Incarnations = Set[tuple[str, int, int]]  # (role, index, incarnation)
 
 IN_FLIGHT: Final = ("wholebatch:api_server_requests_in_flight", "wholebatch:api_server_prefill_tokens")
@@ -120,7 +125,9 @@ class Scrape:
         *,
         log_stats: bool,
         clock: Callable[[], float],
+        pool: Callable[[], Sequence[Sample]] | None = None,
     ) -> None:
+        """`pool` makes the samples that are shown for all engines together in place of each engine's."""
         shape, index = layouts.shape, identity.index
         self._index = index
         self._itself = (API_SERVER, index, identity.incarnation)
@@ -134,10 +141,22 @@ class Scrape:
         self._renderer = Renderer()
         name = facts.model_name
         self._requests = Template(layouts[API_SERVER], (Scope.REQUEST,), model_name=name, log_stats=log_stats)
-        self._engines = [
-            Template(layouts[ENGINE], (Scope.ENGINE,), model_name=name, engine=engine, log_stats=log_stats)
-            for engine in range(shape.num_engines)
-        ]
+        self._pool = pool
+        # By whether the engines are shown as a pool.
+        self._engines = {
+            is_pool: [
+                Template(
+                    layouts[ENGINE],
+                    (Scope.ENGINE,),
+                    model_name=name,
+                    engine=engine,
+                    log_stats=log_stats,
+                    without=POOLED if is_pool else frozenset(),
+                )
+                for engine in range(shape.num_engines)
+            ]
+            for is_pool in (False, True)
+        }
         nums = {API_SERVER: shape.num_api_servers, ENGINE: shape.num_engines, SUPERVISOR: 1}
         self._processes = {
             role: Processes(directory, role, num, layouts[role], log_stats=log_stats) for role, num in nums.items()
@@ -154,18 +173,34 @@ class Scrape:
 
     @property
     def num_engines(self) -> int:
-        return len(self._engines)
+        return len(self._engines[False])
 
     async def whole(self, asked: ScrapeRequest) -> bytes:
-        """The body for the whole deployment."""
+        """The body for the whole deployment, its queues and caches as the operator wants them shown."""
+        pool = self._pool
+        if pool is None:
+            return await self.engines(asked)
+        exportable, engines = await self._exportable(), range(self.num_engines)
+
+        def parts(fresh: Engines) -> list[Part]:
+            together = scrape_part(pool(), model_name=self._facts.model_name, of_all_engines=True)
+            return [*self._shared_parts(asked), *self._engine_parts(fresh, engines, is_pool=True), together]
+
+        return self._render(exportable, parts, asked)
+
+    async def engines(self, asked: ScrapeRequest) -> bytes:
+        """The body for the whole deployment, every engine's own queue and cache in it."""
+        exportable, engines = await self._exportable(), range(self.num_engines)
+        return self._render(
+            exportable, lambda fresh: [*self._shared_parts(asked), *self._engine_parts(fresh, engines)], asked
+        )
+
+    async def _exportable(self) -> Engines:
         engines = range(self.num_engines)
         found = [self._exporter.look(engine) for engine in engines]
         if None in found:
             found = await asyncio.gather(*(self._exporter.series(engine) for engine in engines))
-        exportable = {engine: one for engine, one in zip(engines, found, strict=True) if one is not None}
-        return self._render(
-            exportable, lambda fresh: [*self._shared_parts(asked), *self._engine_parts(fresh, engines)], asked
-        )
+        return {engine: one for engine, one in zip(engines, found, strict=True) if one is not None}
 
     async def engine(self, engine: int, asked: ScrapeRequest) -> bytes:
         """The body for one engine's series alone."""
@@ -242,17 +277,19 @@ class Scrape:
         """Nothing is read for a format that has none."""
         return read_exemplars(paths, self._entries) if asked.form.is_openmetrics else {}
 
-    def _engine_parts(self, fresh: Engines, engines: Sequence[int]) -> list[Part]:
-        """The series of those that are fresh; of the others only that they are absent."""
-        parts = [self._scrape_part(tuple(engines), frozenset(fresh))]
+    def _engine_parts(self, fresh: Engines, engines: Sequence[int], *, is_pool: bool = False) -> list[Part]:
+        """The series of those that are fresh; of the others only that they are absent. `is_pool`: without what is shown
+        of all together."""
+        parts = [self._scrape_part(tuple(engines), frozenset(fresh), is_pool)]
         for engine, one in fresh.items():
             cells = np.frombuffer(one.snapshot.cells, dtype="<f8")
-            parts.append(self._engines[engine].part(cells, one.snapshot.created_unix))
+            parts.append(self._engines[is_pool][engine].part(cells, one.snapshot.created_unix))
         return parts
 
-    def _make_scrape_part(self, engines: tuple[int, ...], fresh: frozenset[int]) -> Part:
+    def _make_scrape_part(self, engines: tuple[int, ...], fresh: frozenset[int], is_pool: bool) -> Part:
         up = [("wholebatch:exporter_up", {"engine": str(e)}, float(e in fresh)) for e in engines]
         config = [("vllm:cache_config_info", self._cache_config | {"engine": str(e)}, 1.0) for e in sorted(fresh)]
+        config = [] if is_pool else config
         return scrape_part([*up, *config], model_name=self._facts.model_name)
 
     def _alive(self) -> Incarnations:

@@ -21,6 +21,22 @@ MAX_BOUNDS: Final = 200  # P9: no flag makes series without end
 _ITL: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _TTFT: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _LATENCY: Final = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+# Source: `latency_highr_buckets` of prometheus-fastapi-instrumentator, which vLLM's API server uses.
+_HTTP_FINE: Final = (
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    *(half / 2 for half in range(2, 11)),
+    7.5,
+    10,
+    30,
+    60,
+)
 
 BUCKETS: Final[Mapping[str, Bounds]] = MappingProxyType(
     {
@@ -34,6 +50,7 @@ BUCKETS: Final[Mapping[str, Bounds]] = MappingProxyType(
         "step_time": tuple(0.0005 * 2**e for e in range(16)),
         "batch": tuple(2**e for e in range(11)),
         "http": (0.1, 0.5, 1),
+        "http_fine": _HTTP_FINE,
     }
 )
 

@@ -11,6 +11,7 @@ class Kind(StrEnum):
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
+    SUMMARY = "summary"  # a count and a sum, no quantiles
 
 
 class Scope(StrEnum):
@@ -92,4 +93,4 @@ CACHE_CONFIG_LABELS: Final = (
 )
 PYTHON_INFO_LABELS: Final = ("implementation", "major", "minor", "patchlevel", "version")
 
-COUNTER, GAUGE, HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
+COUNTER, GAUGE, HISTOGRAM, SUMMARY = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM, Kind.SUMMARY

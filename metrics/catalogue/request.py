@@ -14,6 +14,7 @@ from metrics.catalogue.metric import (
     METHODS,
     REJECTION_REASONS,
     STATUSES,
+    SUMMARY,
     UNDELIVERED_REASONS,
     Kind,
     Label,
@@ -30,7 +31,9 @@ def _request(
     return Metric(name=name, kind=kind, scope=Scope.REQUEST, help=text, unit=unit, labels=labels, buckets=buckets)
 
 
-def _http(kind: Kind, name: str, unit: str, text: str, labels: tuple[Label, ...], buckets: str | None = None) -> Metric:
+def _http(
+    kind: Kind, name: str, unit: str, text: str, labels: tuple[Label, ...] = (), buckets: str | None = None
+) -> Metric:
     return Metric(
         name=name,
         kind=kind,
@@ -49,14 +52,16 @@ REQUEST_METRICS: Final = (
         COUNTER,
         "vllm:request_success_total",
         "requests",
-        "Requests that ended, counted by their API server at their end; aborted and failed ones under abort and error.",
+        "Requests that ended, counted by their API server at their end, with n > 1 each sequence as one, as in vLLM; "
+        "aborted and failed ones under abort and error.",
         _FINISHED,
     ),
     _request(
         HISTOGRAM,
         "vllm:time_to_first_token_seconds",
         "seconds",
-        "Time from a request's arrival until its first token, both at the API server, observed as it happens.",
+        "Time from a request's arrival until the first token, with n > 1 of each sequence, both at the API server, "
+        "observed as it happens.",
         buckets="ttft",
     ),
     _request(
@@ -70,49 +75,49 @@ REQUEST_METRICS: Final = (
         HISTOGRAM,
         "vllm:request_time_per_output_token_seconds",
         "seconds",
-        "Decode time over generated tokens less one, of each finished request; 0 for a single token.",
+        "Decode time over generated tokens less one, of each finished sequence; 0 for a single token.",
         buckets="itl",
     ),
     _request(
         HISTOGRAM,
         "vllm:e2e_request_latency_seconds",
         "seconds",
-        "Time from a request's arrival until its end, both at the API server, of each finished request.",
+        "Time from a request's arrival until the end of each finished sequence, both at the API server.",
         buckets="latency",
     ),
     _request(
         HISTOGRAM,
         "vllm:request_queue_time_seconds",
         "seconds",
-        "Time a finished request spent in the engine before it was first scheduled.",
+        "Time a finished sequence spent in the engine before it was first scheduled.",
         buckets="latency",
     ),
     _request(
         HISTOGRAM,
         "vllm:request_prefill_time_seconds",
         "seconds",
-        "Time from a finished request's first scheduling until its first token, by the engine's clock.",
+        "Time from a finished sequence's first scheduling until its first token, by the engine's clock.",
         buckets="latency",
     ),
     _request(
         HISTOGRAM,
         "vllm:request_decode_time_seconds",
         "seconds",
-        "Time from a finished request's first token until its last, by the engine's clock.",
+        "Time from a finished sequence's first token until its last, by the engine's clock.",
         buckets="latency",
     ),
     _request(
         HISTOGRAM,
         "vllm:request_inference_time_seconds",
         "seconds",
-        "Time from a finished request's first scheduling until its last token, by the engine's clock.",
+        "Time from a finished sequence's first scheduling until its last token, by the engine's clock.",
         buckets="latency",
     ),
     _request(
         HISTOGRAM,
         "vllm:request_prompt_tokens",
         "tokens",
-        "Prompt tokens of each finished request.",
+        "Prompt tokens of each finished sequence: with n > 1 those of the request, n times.",
         (),
         "request_tokens",
     ),
@@ -120,14 +125,14 @@ REQUEST_METRICS: Final = (
         HISTOGRAM,
         "vllm:request_generation_tokens",
         "tokens",
-        "Tokens generated for each finished request, over all of its sequences.",
+        "Tokens generated in each finished sequence.",
         buckets="request_tokens",
     ),
     _request(
         HISTOGRAM,
         "vllm:request_prefill_kv_computed_tokens",
         "tokens",
-        "Prompt tokens of each finished request that were not found in the prefix cache.",
+        "Prompt tokens of each finished sequence that were not found in the prefix cache.",
         buckets="request_tokens",
     ),
     _request(
@@ -142,15 +147,43 @@ REQUEST_METRICS: Final = (
         HISTOGRAM,
         "vllm:request_params_max_tokens",
         "tokens",
-        "The effective max_tokens of each finished request that gave one.",
+        "The effective max_tokens of each finished sequence.",
         buckets="request_tokens",
     ),
     _request(
         HISTOGRAM,
         "vllm:request_num_preemptions",
         "preemptions",
-        "Preemptions each finished request went through.",
+        "Preemptions each finished sequence went through.",
         buckets="preemptions",
+    ),
+    _request(
+        COUNTER,
+        "wholebatch:request_ended_total",
+        "requests",
+        "Whole requests that ended, one whatever n is, by the gravest reason of their sequences.",
+        _FINISHED,
+    ),
+    _request(
+        HISTOGRAM,
+        "wholebatch:request_time_to_first_token_seconds",
+        "seconds",
+        "Time from a request's arrival until the first token of any of its sequences, both at the API server.",
+        buckets="ttft",
+    ),
+    _request(
+        HISTOGRAM,
+        "wholebatch:request_latency_seconds",
+        "seconds",
+        "Time from a request's arrival until all of its sequences have ended and its answer is complete.",
+        buckets="latency",
+    ),
+    _request(
+        HISTOGRAM,
+        "wholebatch:request_output_tokens",
+        "tokens",
+        "Tokens generated for each finished request, over all of its sequences.",
+        buckets="request_tokens",
     ),
     Metric(
         name="vllm:admission_rejections_total",
@@ -224,5 +257,26 @@ REQUEST_METRICS: Final = (
         "Time an API server took from an HTTP request's headers to the end of its answer, by route template.",
         (Label("method", METHODS), Label("handler", HANDLERS)),
         buckets="http",
+    ),
+    _http(
+        HISTOGRAM,
+        "http_request_duration_highr_seconds",
+        "seconds",
+        "The same time over all routes and methods, in finer buckets.",
+        buckets="http_fine",
+    ),
+    _http(
+        SUMMARY,
+        "http_request_size_bytes",
+        "bytes",
+        "Bytes of HTTP requests as their Content-Length says, 0 where there is none, by route template.",
+        (Label("handler", HANDLERS),),
+    ),
+    _http(
+        SUMMARY,
+        "http_response_size_bytes",
+        "bytes",
+        "Bytes of answers as their Content-Length says, 0 where there is none (a stream), by route template.",
+        (Label("handler", HANDLERS),),
     ),
 )

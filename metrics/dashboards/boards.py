@@ -191,7 +191,7 @@ def requests() -> str:
         ),
         lines("HTTP answers", _by("http_requests_total", "handler"), unit=PER_SECOND, stacked=True),
     ]
-    shown = (TTFT, ITL, E2E, "http_request_duration_seconds")
+    shown = (TTFT, ITL, E2E, "http_request_duration_seconds", "http_request_duration_highr_seconds")
     others = [m for m in histograms(Scope.REQUEST) if m.name not in shown and m.unit != "seconds"]
     times = [m for m in histograms(Scope.REQUEST) if m.name not in shown and m.unit == "seconds"]
     rows = [

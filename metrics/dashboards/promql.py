@@ -14,7 +14,12 @@ from typing import Final
 
 from metrics.catalogue import METRICS, Kind, Metric
 
-SUFFIXES: Final = {Kind.COUNTER: ("",), Kind.GAUGE: ("",), Kind.HISTOGRAM: ("_bucket", "_sum", "_count")}
+SUFFIXES: Final = {
+    Kind.COUNTER: ("",),
+    Kind.GAUGE: ("",),
+    Kind.HISTOGRAM: ("_bucket", "_sum", "_count"),
+    Kind.SUMMARY: ("_sum", "_count"),
+}
 TARGET_LABELS: Final = ("job", "instance", "process")  # what a scrape adds
 
 _BY_SERIES: Final = {metric.name + suffix: metric for metric in METRICS for suffix in SUFFIXES[metric.kind]}

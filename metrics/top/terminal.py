@@ -2,8 +2,8 @@
 
     python -m metrics.top --url http://127.0.0.1:8000
 
-The address is the public one. The figures come from `/metrics` and `/deployment` there, and what is an API server's
-own from its admin port where this machine can reach it. Ctrl-C ends it. Figures are worked out in
+The address is the public one. The figures come from `/metrics/engines` and `/deployment` there, and what is an API
+server's own from its admin port where this machine can reach it. Ctrl-C ends it. Figures are worked out in
 `metrics.top.figures` and drawn in `metrics.top.view`.
 
 An API server that is stopped or stuck is still `ready` in the deployment's table until the supervisor kills it: that
@@ -145,7 +145,7 @@ def look(url: str) -> Look:
     """Raises TopError."""
     try:
         table = json.loads(_get(f"{url}/deployment", TIMEOUT_S))
-        whole = _scrape(f"{url}/metrics", TIMEOUT_S)
+        whole = _scrape(f"{url}/metrics/engines", TIMEOUT_S)
         servers = {row["index"]: row["admin_url"] for row in table["processes"] if "admin_url" in row}
     except urllib.error.HTTPError as error:
         with error:

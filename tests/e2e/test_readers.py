@@ -47,6 +47,23 @@ def test_every_histogram_has_every_finished_request_those_that_ended_at_a_stop_s
         assert total(samples, f"vllm:{name}_count") == 6, name
 
 
+def test_prompt_tokens_a_request_are_those_of_one_prompt_whatever_n_is(tiny_model: Path):
+    """What a dashboard of vLLM's divides counts in one unit: each of n sequences."""
+    with served(tiny_model, "--api-server-count", "2") as deployment:
+        deployment.complete(list(range(40, 59)), 5, n=3, ignore_eos=True)
+        samples = deployment.idle_metrics()
+    assert total(samples, "vllm:prompt_tokens_total") == 3 * 19
+    assert total(samples, "vllm:request_success_total") == 3
+    assert total(samples, "vllm:request_prompt_tokens_sum") == 3 * 19
+    assert total(samples, "vllm:request_generation_tokens_sum") == total(samples, "vllm:generation_tokens_total") == 15
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_generation_tokens"):
+        assert total(samples, f"vllm:{name}_count") == 3, name
+    assert total(samples, "vllm:request_params_n_count") == 1
+    assert total(samples, "wholebatch:request_ended_total") == 1
+    assert total(samples, "wholebatch:request_latency_seconds_count") == 1
+    assert total(samples, "wholebatch:request_output_tokens_sum") == 15
+
+
 def targets(deployment: Served) -> list[tuple[str, str, str]]:
     """(instance, address, path) of each."""
     groups = json.loads(deployment.get("/prometheus/targets"))
@@ -89,6 +106,26 @@ def test_readers_find_the_same_whole_whichever_api_server_answers(tiny_model: Pa
     assert {dict(labels)["engine"] for _, labels in restricted} == {"0", "1"}
     assert {name for name, _ in restricted} == {"vllm:num_requests_running"}
     assert (head.status, nothing) == (200, b"")
+
+
+def test_a_router_with_a_fixed_path_reads_the_whole_deployment_whether_it_keeps_the_first_or_the_last_sample(
+    tiny_model: Path,
+):
+    with served(tiny_model, "-dp", "2", "--metrics-view", "pool") as deployment:
+        run(deployment, asks(8, prompt_tokens=(20, 60), max_tokens=8, vocab=250), at_a_time=8)
+        deployment.idle_metrics()
+        lines = deployment.get("/metrics").splitlines()
+        cache = parse(deployment.get("/metrics/pool"))
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
+        samples = [line for line in lines if line.startswith(f"{name}{{")]
+        assert len(samples) == 1, samples
+        assert float(samples[0].rpartition(" ")[2]) == total(cache, name)
+    assert {
+        dict(labels)["engine"] for name, labels in parse("\n".join(lines)) if name == "vllm:generation_tokens_total"
+    } == {
+        "0",
+        "1",
+    }
 
 
 def test_an_answer_reports_the_pools_load_where_the_request_asks_for_it(tiny_model: Path):

@@ -121,6 +121,17 @@ async def test_http_answers_are_counted_by_template_and_status_routes_are_not(de
         ("GET", "none", "4xx"): 2,
     }
     assert total(samples, "http_request_duration_seconds_count") == 5
+    assert total(samples, "http_request_duration_highr_seconds_count") == 5
+
+
+async def test_the_sizes_of_requests_and_answers_are_what_their_content_length_says(deploy: Any):
+    node = await one(deploy)
+    _, _, headers = await ask(node, "POST", "/v1/completions", data=b"{" + b" " * 98)
+    samples = await node.scrape()
+    num_bytes = int(headers["Content-Length"])
+    for name, expected in (("http_request_size_bytes", 99), ("http_response_size_bytes", num_bytes)):
+        assert total(samples, f"{name}_count", handler="/v1/completions") == 1
+        assert total(samples, f"{name}_sum", handler="/v1/completions") == expected
 
 
 async def test_a_request_without_an_engine_is_refused_and_counted_as_such(deploy: Any):

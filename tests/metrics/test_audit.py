@@ -405,7 +405,7 @@ def test_the_command_prints_a_table_and_ends_with_0_when_every_law_holds(serve, 
     assert "is idle" in out
     assert "received_tokens_total 7" in out
     assert "VIOLATED" not in out
-    assert scraped.paths == ["/metrics", "/metrics"]
+    assert scraped.paths == ["/metrics/engines", "/metrics/engines"]
 
 
 def test_the_command_ends_with_1_and_says_by_how_much_a_law_is_violated(serve, capsys) -> None:

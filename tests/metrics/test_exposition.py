@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    SummaryMetricFamily,
+)
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -65,7 +70,12 @@ def oracle(
     """The families of tallies, made one sample at a time and without any of the code under test.
     A part is (role, scopes, constant labels, cells, created); exemplars are of request scope."""
     families: dict[str, Family] = {}
-    kinds = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, Kind.HISTOGRAM: HistogramMetricFamily}
+    kinds = {
+        Kind.COUNTER: CounterMetricFamily,
+        Kind.GAUGE: GaugeMetricFamily,
+        Kind.HISTOGRAM: HistogramMetricFamily,
+        Kind.SUMMARY: SummaryMetricFamily,
+    }
     for role, scopes, constant, cells, created in parts:
         for series in LAYOUTS[role].series:
             metric = series.metric
@@ -84,8 +94,8 @@ def oracle(
             given_values = list(labels.values())
             shown = cells[series.offset : series.offset + series.num_cells].tolist()
             family._labelnames = tuple(names)
-            if series.bounds is None:
-                family.add_metric(given_values, shown[0])
+            if not series.bounds:
+                family.add_metric(given_values, *shown)  # a value; of a summary, count and sum
             else:
                 counts: list[Any] = []
                 total = 0.0

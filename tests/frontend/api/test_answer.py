@@ -44,6 +44,8 @@ class Books:
 
     def first_token(self, seconds: float, origin: object) -> None: ...
 
+    def request_first_token(self, seconds: float) -> None: ...
+
     def later_tokens(self, gap_s: float, num_tokens: int) -> None: ...
 
     def delivered(self, num_tokens: int) -> None:
@@ -55,10 +57,14 @@ class Books:
     def ended(self, reason: str) -> None:
         self.ended_sequences[reason] += 1
 
-    def finished(self, request: Any) -> None:
+    def finished(self, sequence: Any) -> None: ...
+
+    def gave_up(self, reason: str, num_sequences: int = 1) -> None: ...
+
+    def request_ended(self, request: Any) -> None:
         self.ended_requests[request.reason] += 1
 
-    def gave_up(self, reason: str) -> None:
+    def request_gave_up(self, reason: str) -> None:
         self.ended_requests[reason] += 1
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frontend.counters.group_commit import GroupCommit
-from frontend.counters.request_record import EngineTimes, FinishedRequest, RequestRecord
+from frontend.counters.request_record import EndedRequest, EngineTimes, FinishedSequence, HTTPAnswer, RequestRecord
 from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER
 from metrics.files.exemplars import Origin
@@ -41,25 +41,25 @@ def observed(tally: Tally, name: str, **labels: str) -> tuple[float, float]:
     return sum(tally.cells[histogram.offset : end]), tally.cells[end]
 
 
-def finished(**changes: object) -> FinishedRequest:
+def finished(**changes: object) -> FinishedSequence:
     fields: dict[str, object] = {
         "reason": "length",
         "num_prompt_tokens": 10,
         "num_cached_tokens": 4,
-        "num_tokens": [8],
+        "num_tokens": 8,
         "max_tokens": 8,
         "num_preemptions": 1,
         "e2e_s": 2.0,
         "decode_s": 1.75,
-        "longest_decode_s": 1.75,
         "engine": EngineTimes(queue_s=0.25, prefill_s=0.5, inference_s=2.25),
     }
-    return FinishedRequest(**(fields | changes))  # type: ignore[arg-type]
+    return FinishedSequence(**(fields | changes))  # type: ignore[arg-type]
 
 
-def test_a_finished_request_is_observed_once_in_every_histogram():
+def test_a_finished_request_of_one_sequence_is_observed_once_in_every_histogram():
     record, tally = make()
     record.engines[1].finished(finished())
+    record.engines[1].request_ended(EndedRequest(reason="length", num_tokens=[8], latency_s=2.0))
     expected = {
         "e2e_request_latency_seconds": 2.0,
         "request_queue_time_seconds": 0.25,
@@ -81,17 +81,37 @@ def test_a_finished_request_is_observed_once_in_every_histogram():
     assert cell(tally, "vllm:request_success_total", engine="1", finished_reason="length") == 1
 
 
-def test_a_request_for_several_sequences_counts_once_with_its_tokens_summed():
+def test_each_of_n_sequences_counts_as_vllm_counts_it_and_the_request_once_under_our_names():
     record, tally = make()
-    record.engines[0].finished(finished(num_tokens=[8, 5, 3]))
-    assert observed(tally, "vllm:request_generation_tokens", engine="0") == (1, 16)
-    assert observed(tally, "vllm:request_max_num_generation_tokens", engine="0") == (1, 8)
-    assert observed(tally, "vllm:request_params_n", engine="0") == (1, 3)
+    engine = record.engines[0]
+    for seconds, num_tokens, reason in ((0.5, 8, "length"), (0.75, 5, "length"), (1.0, 3, "stop")):
+        engine.first_token(seconds)
+        engine.finished(finished(num_tokens=num_tokens, reason=reason))
+    engine.request_first_token(0.5)
+    engine.request_ended(EndedRequest(reason="length", num_tokens=[8, 5, 3], latency_s=2.5))
+    expected = {
+        "vllm:time_to_first_token_seconds": (3, 2.25),
+        "vllm:e2e_request_latency_seconds": (3, 6.0),
+        "vllm:request_prompt_tokens": (3, 30),
+        "vllm:request_generation_tokens": (3, 16),
+        "vllm:request_max_num_generation_tokens": (1, 8),
+        "vllm:request_params_n": (1, 3),
+        "wholebatch:request_time_to_first_token_seconds": (1, 0.5),
+        "wholebatch:request_latency_seconds": (1, 2.5),
+        "wholebatch:request_output_tokens": (1, 16),
+    }
+    assert {name: observed(tally, name, engine="0") for name in expected} == expected
+    ended = {
+        (name, reason): cell(tally, f"{name}_total", engine="0", finished_reason=reason)
+        for name in ("vllm:request_success", "wholebatch:request_ended")
+        for reason in ("length", "stop")
+    }
+    assert list(ended.values()) == [2, 1, 1, 0]
 
 
 def test_the_time_per_token_of_a_single_token_is_zero():
     record, tally = make()
-    record.engines[0].finished(finished(num_tokens=[1], longest_decode_s=0.0))
+    record.engines[0].finished(finished(num_tokens=1, decode_s=0.0))
     assert observed(tally, "vllm:request_time_per_output_token_seconds", engine="0") == (1, 0)
 
 
@@ -128,12 +148,16 @@ def test_exemplars_are_told_of_requests_whose_origin_is_known_and_of_what_was_ob
 
 def test_http_answers_count_by_template_and_class_and_nothing_else_makes_a_series():
     record, tally = make()
-    record.answered("POST", "/v1/completions", 200, 0.5)
-    record.answered("BREW", "/v1/nobody/knows/17", 418, 0.5)
+    sizes = {"num_request_bytes": 70, "num_response_bytes": 300}
+    record.answered(HTTPAnswer(method="POST", handler="/v1/completions", status=200, seconds=0.5, **sizes))
+    record.answered(HTTPAnswer(method="BREW", handler="/v1/nobody/knows/17", status=418, seconds=0.5))
     assert cell(tally, "http_requests_total", method="POST", handler="/v1/completions", status="2xx") == 1
     assert cell(tally, "http_requests_total", method="other", handler="none", status="4xx") == 1
     name = "http_request_duration_seconds"
     assert observed(tally, name, method="POST", handler="/v1/completions") == (1, 0.5)
+    assert observed(tally, "http_request_duration_highr_seconds") == (2, 1.0)
+    assert observed(tally, "http_request_size_bytes", handler="/v1/completions") == (1, 70)
+    assert observed(tally, "http_response_size_bytes", handler="/v1/completions") == (1, 300)
 
 
 def test_closing_the_books_settles_exactly_what_was_open():
@@ -202,7 +226,7 @@ def live(record: RequestRecord, life: Life) -> None:
     if life.reason in ("abort", "error"):
         engine.gave_up(life.reason)
     else:
-        engine.finished(finished(reason=life.reason, num_tokens=[len(life.gaps)], decode_s=sum(life.gaps[1:]) / 8))
+        engine.finished(finished(reason=life.reason, num_tokens=len(life.gaps), decode_s=sum(life.gaps[1:]) / 8))
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.125, 0.25, 3.0]), st.integers(1, 4))))

@@ -117,6 +117,9 @@ class Bench:
     def success(self, reason: str) -> float:
         return self.count("vllm:request_success_total", finished_reason=reason)
 
+    def whole_requests(self, reason: str) -> float:
+        return self.count("wholebatch:request_ended_total", finished_reason=reason)
+
     def observed(self, name: str) -> tuple[float, float]:
         """(count, sum)"""
         histogram = LAYOUT.histogram(f"vllm:{name}", engine="0")
@@ -245,7 +248,7 @@ async def test_what_arrives_is_committed_as_received_before_a_request_sees_it(be
         generation.close()
 
 
-async def test_sequences_of_one_request_are_told_apart_and_count_as_one_request(bench: Bench):
+async def test_sequences_of_one_request_are_told_apart_and_each_counts_as_in_vllm(bench: Bench):
     async with bench.engine() as engine:
         generation = await bench.submit(n=3, sampling=SamplingParams(max_tokens=8, seed=2**63 - 2))
         submits = await engine.receive_submits(3)
@@ -255,7 +258,12 @@ async def test_sequences_of_one_request_are_told_apart_and_count_as_one_request(
         generation.delivered(3)
         generation.finish()
         generation.close()
-        assert (bench.ended("stop"), bench.success("stop")) == (3, 1)
+        assert (bench.ended("stop"), bench.success("stop"), bench.whole_requests("stop")) == (3, 3, 1)
+        for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+            assert bench.observed(name)[0] == 3, name
+        assert bench.observed("request_prompt_tokens") == (3, 9)
+        assert bench.observed("request_generation_tokens") == (3, 3)
+        assert bench.observed("request_params_n") == (1, 3)
         assert bench.tokens() == {"received": 3, "delivered": 3}
 
 
@@ -268,7 +276,8 @@ async def test_a_client_that_goes_aborts_its_sequences_at_once_and_its_tokens_ar
         generation.close()
         generation.close()
         assert await engine.receive() == Abort([s.request_id for s in submits])
-        assert (bench.ended("abort"), bench.success("abort"), bench.in_flight()) == (2, 1, 0)
+        assert (bench.ended("abort"), bench.success("abort"), bench.in_flight()) == (2, 2, 0)
+        assert bench.whole_requests("abort") == 1
         assert bench.tokens() == {"received": 1, "disconnect": 1}
         await engine.send(output(submits[1], 0, [8]))
         await until(lambda: bench.tokens() == {"received": 2, "disconnect": 2})

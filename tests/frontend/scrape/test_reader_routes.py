@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from aiohttp import ClientSession
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from frontend.scrape.pool import POOLED
 from frontend.scrape.request import ScrapeRequest
 from tests.e2e.harness import Samples, parse
 from tests.frontend.deployments import (
@@ -46,9 +48,9 @@ async def exported(deployed: Deployed) -> None:
     await until(lambda: all(len(node.services.exporter.heard()) == deployed.num[1] for node in deployed.nodes))
 
 
-async def busy(deploy: Any) -> Deployed:
+async def busy(deploy: Any, **changes: Any) -> Deployed:
     """Three API servers and two engines that have counted something each."""
-    deployed: Deployed = await deploy(3, 2, lease_s=10.0)  # none runs out on a busy machine
+    deployed: Deployed = await deploy(3, 2, lease_s=10.0, **changes)  # none runs out on a busy machine
     for engine, beacon in enumerate(deployed.beacons):
         beacon.tally.inc(beacon.layout.cell(GENERATED), 10 + engine)
         for name, value in (("num_requests_running", 3), ("num_requests_waiting", 2), ("kv_cache_usage_perc", 0.25)):
@@ -109,7 +111,8 @@ async def test_the_discovered_series_are_those_of_the_public_port_each_once(depl
     whole = await deployed.nodes[1].scrape()
     keys = [key for samples in (await discovered(deployed.nodes[0])).values() for key in samples]
     assert set(keys) == set(whole)
-    request_scope = {key for key in await deployed.nodes[0].scrape("/metrics/own", of_admin=True) if key[1]}
+    own = await deployed.nodes[0].scrape("/metrics/own", of_admin=True)
+    request_scope = {key for key in own if "process" not in dict(key[1])}
     assert {key for key in keys if keys.count(key) > 1} <= request_scope | {k for k in keys if k[0] == "python_info"}
 
 
@@ -153,9 +156,51 @@ async def test_a_silent_engine_is_no_part_of_the_pool(deploy: Any):
     assert await deployed.nodes[0].scrape("/metrics/pool") == {}
 
 
+@pytest.mark.parametrize("accept", ["text/plain", "application/openmetrics-text; version=1.0.0"])
+async def test_where_the_engines_are_shown_as_one_the_first_and_the_last_sample_of_a_name_are_the_pools(
+    deploy: Any, accept: str
+):
+    deployed = await busy(deploy, metrics_view="pool")
+    node = deployed.nodes[0]
+    _, pool = await node.get("/metrics/pool")
+    _, text = await node.get("/metrics", accept=accept)
+    read = (parse_openmetrics if "openmetrics" in accept else parse_text)(text)
+    families = {family.name: family.samples for family in read}
+    expected = {family.name: family.samples for family in parse_text(pool)}
+    for name in POOLED:
+        (sample,) = families[name]
+        assert sample.value == expected[name][0].value, name
+        assert sample.labels == expected[name][0].labels | {"model_name": "tiny"}
+        assert text.count(f"# TYPE {name} ") == 1
+
+
+async def test_what_is_counted_and_each_engines_own_view_stay_where_the_engines_are_shown_as_one(deploy: Any):
+    deployed = await busy(deploy, metrics_view="pool")
+    node = deployed.nodes[0]
+    whole, engines = await node.scrape(), await node.scrape("/metrics/engines")
+    assert {key for key in engines if key not in whole} == {key for key in engines if key[0] in POOLED}
+    assert {key: value for key, value in whole.items() if key[0] in (GENERATED, "wholebatch:exporter_up")} == {
+        key: value for key, value in engines.items() if key[0] in (GENERATED, "wholebatch:exporter_up")
+    }
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
+        assert total(whole, name) == total(engines, name)
+    alone = await node.scrape("/metrics/engine/1")
+    assert total(alone, "vllm:num_requests_running", engine="1") == 6
+
+
+async def test_the_pools_samples_are_absent_with_the_last_engine_that_is_heard(deploy: Any):
+    deployed = await deploy(1, lease_s=0.3, metrics_view="pool")
+    await exported(deployed)
+    node = deployed.nodes[0]
+    assert total(await node.scrape(), "vllm:num_requests_running") == 0
+    deployed.pause_beacons()
+    await until(lambda: not node.services.exporter.heard())
+    assert not {name for name, _ in await node.scrape()} & POOLED
+
+
 # --- formats ---
 
-PATHS = ("/metrics", "/metrics/engine/0", "/metrics/pool", "/metrics/processes")
+PATHS = ("/metrics", "/metrics/engines", "/metrics/engine/0", "/metrics/pool", "/metrics/processes")
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -73,6 +73,7 @@ LE = {
     "step_time": "0.0005 0.001 0.002 0.004 0.008 0.016 0.032 0.064 0.128 0.256 0.512 1.024 2.048 4.096 8.192 16.384",
     "batch": "1.0 2.0 4.0 8.0 16.0 32.0 64.0 128.0 256.0 512.0 1024.0",
     "http": "0.1 0.5 1.0",
+    "http_fine": "0.01 0.025 0.05 0.075 0.1 0.25 0.5 0.75 1.0 1.5 2.0 2.5 3.0 3.5 4.0 4.5 5.0 7.5 10.0 30.0 60.0",
 }
 
 
@@ -85,6 +86,17 @@ def test_every_vllm_metric_is_declared_as_vllm_has_it():
             expected[f"vllm:{name}"] = (kind, known, None if buckets == "-" else buckets)
     declared = {m.name: (m.kind, tuple(label.name for label in m.labels), m.buckets) for m in METRICS}
     assert {name: what for name, what in declared.items() if name.startswith("vllm:")} == expected
+
+
+def test_every_http_metric_is_declared_as_vllm_has_it():
+    declared = {m.name: (m.kind, tuple(label.name for label in m.labels), m.buckets) for m in METRICS}
+    assert {name: what for name, what in declared.items() if name.startswith("http_")} == {
+        "http_requests_total": ("counter", ("method", "handler", "status"), None),
+        "http_request_duration_seconds": ("histogram", ("method", "handler"), "http"),
+        "http_request_duration_highr_seconds": ("histogram", (), "http_fine"),
+        "http_request_size_bytes": ("summary", ("handler",), None),
+        "http_response_size_bytes": ("summary", ("handler",), None),
+    }
 
 
 @pytest.mark.parametrize("family", BUCKETS)

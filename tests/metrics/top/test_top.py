@@ -255,7 +255,7 @@ METRICS = 'wholebatch:exporter_up{engine="0"} 1\nvllm:num_requests_running{engin
 
 
 def test_once_prints_one_frame_and_succeeds(capsys):
-    with answering({"/metrics": (200, METRICS), "/deployment": (200, json.dumps(TABLE))}) as url:
+    with answering({"/metrics/engines": (200, METRICS), "/deployment": (200, json.dumps(TABLE))}) as url:
         assert top.main(["--url", f"{url}/metrics", "--once", "--interval", "0.05"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("engines") == 1
@@ -268,7 +268,7 @@ def test_an_admin_port_is_asked_for_what_is_an_api_servers_own():
         rows = [row | {"admin_url": admin_url} for row in TABLE["processes"] if row["role"] == "api-server"]
         rows[1]["admin_url"] = "http://127.0.0.1:9"
         table = json.dumps(TABLE | {"processes": rows})
-        with answering({"/metrics": (200, METRICS), "/deployment": (200, table)}) as url:
+        with answering({"/metrics/engines": (200, METRICS), "/deployment": (200, table)}) as url:
             found = top.look(url)
     assert [*found.own] == [0], "the port that nobody answers is left out"
     assert found.own[0].total("wholebatch:api_server_requests_in_flight") == 3
@@ -280,7 +280,7 @@ def test_an_admin_port_that_takes_a_connection_and_says_nothing_is_silent_and_on
         rows = [row | {"admin_url": "http://127.0.0.1:9"} for row in TABLE["processes"] if row["role"] == "api-server"]
         rows[0]["admin_url"] = f"http://127.0.0.1:{frozen.getsockname()[1]}"
         table = json.dumps(TABLE | {"processes": rows})
-        with answering({"/metrics": (200, METRICS), "/deployment": (200, table)}) as url:
+        with answering({"/metrics/engines": (200, METRICS), "/deployment": (200, table)}) as url:
             found = top.look(url)
     assert (found.own, found.silent) == ({}, {0})
 
@@ -291,8 +291,8 @@ def test_an_admin_port_that_takes_a_connection_and_says_nothing_is_silent_and_on
         {},
         {"/deployment": (503, '{"error":\n"starting"}')},
         {"/deployment": (200, "no JSON")},
-        {"/deployment": (200, json.dumps(TABLE)), "/metrics": (200, "}{ 1 2 3")},
-        {"/deployment": (200, json.dumps({"processes": [1]})), "/metrics": (200, METRICS)},
+        {"/deployment": (200, json.dumps(TABLE)), "/metrics/engines": (200, "}{ 1 2 3")},
+        {"/deployment": (200, json.dumps({"processes": [1]})), "/metrics/engines": (200, METRICS)},
     ],
 )
 def test_what_is_no_deployment_is_one_line_and_exit_code_2(pages, capsys):
