@@ -5,9 +5,11 @@ Whatever cannot be served is one line on stderr and exit code 2, before any proc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -28,6 +30,8 @@ def main(
 ) -> int:
     """The exit code: 0 after a signal, 1 when the deployment failed later, 2 for what cannot be served. The modules
     are what the children run; others wrap them to observe."""
+    _open_standard_descriptors()
+    _raise_descriptor_limit()
     environment = dict(os.environ)
     os.environ.pop(API_KEY_VARIABLE, None)  # children are told by descriptor, and inherit no secret
     try:
@@ -49,6 +53,21 @@ def main(
     except KeyboardInterrupt:
         return 130  # while the default model was fetched; nothing runs yet
     return supervisor.run()
+
+
+def _open_standard_descriptors() -> None:
+    """Where one of 0 to 2 is closed, a socket would take its place, and lose it to the children's own."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+def _raise_descriptor_limit() -> None:
+    """To as many as are allowed, for the children too: a soft limit of 1024 is a promise of old programs to old ones,
+    and every connection needs one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # where even that is not allowed, what there is has to do
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 if __name__ == "__main__":

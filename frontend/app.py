@@ -14,10 +14,11 @@ Each path is one `Route`. Neither knows sockets; `frontend.server` binds them.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ from frontend.routes import Handler, Route, mount, route_of, status_route
 from frontend.scrape import OWN_PATH, PROCESSES_PATH, ScrapeRequest, scrape_request, targets
 from frontend.services import Services
 from metrics.catalogue import API_SERVER
+from metrics.files import StoreError
 
 MAX_BODY_BYTES: Final = 4 * 2**20
 CLIENT_GONE: Final = 499  # no answer was seen; counted as 4xx
@@ -48,6 +50,23 @@ class State:
     config: ServerConfig
     view: DeploymentView
     services: Services | None = None
+    is_draining: bool = False
+    answered: asyncio.Event = field(default_factory=asyncio.Event)  # set while no request is open
+    _num_open: int = 0
+
+    def __post_init__(self) -> None:
+        self.answered.set()
+
+    def opened(self) -> None:
+        """A request has come."""
+        self._num_open += 1
+        self.answered.clear()
+
+    def closed(self) -> None:
+        """It is over."""
+        self._num_open -= 1
+        if not self._num_open:
+            self.answered.set()
 
     def ready(self) -> Services:
         """Raises EngineUnavailable while there is nothing to serve with."""
@@ -123,6 +142,8 @@ class StatusRoutes:
 
     async def health(self, request: web.Request) -> web.Response:
         """200 while a request would find an engine."""
+        if self._state.is_draining:
+            raise EngineUnavailable("the API server ends, try again", code="stopping")
         if not self._state.ready().clients.has_ready_engine:
             raise EngineUnavailable("no engine is ready, try again", code="engine_unavailable")
         return web.Response()
@@ -157,6 +178,9 @@ class StatusRoutes:
                 return web.Response(body=made if isinstance(made, bytes) else await made, headers=asked.headers)
             except ApiError:
                 raise
+            except StoreError as error:
+                services.record.fault("scrape")
+                raise EngineUnavailable(f"a tally cannot be read: {error}", code="tally_unreadable") from error
             except Exception:
                 services.record.fault("scrape")
                 raise
@@ -248,10 +272,12 @@ def _http_metrics(state: State) -> Any:
             return await handler(request)
         started_at = time.monotonic()
         status, num_bytes = CLIENT_GONE, None
+        state.opened()
         try:
             response = await handler(request)
             status, num_bytes = response.status, response.content_length
         finally:
+            state.closed()
             services = state.services
             if services is not None:
                 answer = HTTPAnswer(

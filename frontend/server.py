@@ -2,7 +2,7 @@
 
 It inherits its sockets: the public one, listening already and shared by all API servers, so that the death of one takes
 no queued connection with it, and an admin socket of its own. It ends at once when the supervisor does, and in an
-orderly way on SIGTERM: give up export rights, stop accepting, let requests finish, close.
+orderly way on the supervisor's STOP_SIGNAL: give up export rights, stop accepting, let requests finish, close.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine
@@ -23,6 +22,7 @@ import zmq
 from aiohttp import web
 
 from engine.wire import (
+    STOP_SIGNAL,
     Alive,
     Deployment,
     Facts,
@@ -32,6 +32,7 @@ from engine.wire import (
     ServerConfig,
     WireError,
     decode_server_config,
+    obey_the_supervisor_alone,
 )
 from frontend.app import State, admin_app, public_app
 from frontend.deployment_view import DeploymentView
@@ -66,11 +67,10 @@ class Server:
     async def run(self) -> int:
         """The exit code."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
+        loop.add_signal_handler(STOP_SIGNAL, self._stopping.set)
         loop.add_reader(self._lifeline.fileno(), self._on_lifeline)
         alive = asyncio.create_task(self._report_alive())
-        public = _runner(public_app(self._state), self._config.patience.drain_timeout_s)
-        admin = _runner(admin_app(self._state), CANCEL_S)
+        public, admin = _runner(public_app(self._state)), _runner(admin_app(self._state))
         try:
             await admin.setup()
             await public.setup()
@@ -92,6 +92,8 @@ class Server:
     async def _serve(self, public: web.AppRunner, admin: web.AppRunner) -> None:
         """Accept from the start while the deployment itself starts, with an honest 503; but a restarted API server
         accepts only once it can serve, since others can serve meanwhile."""
+        if not await asyncio.to_thread(os.path.isdir, self._config.directory):
+            raise StoreError(f"the deployment's directory is gone: {self._config.directory}")
         await _site(admin, self._config.admin_fd)
         table = await self._until(self._next_table(lambda table: True))
         is_accepting = table is not None and table.facts is None
@@ -142,6 +144,12 @@ class Server:
         services = self._state.services
         if services is not None:
             services.exporter.resign()
+        self._state.is_draining = True
+        for site in list(public.sites):
+            await site.stop()
+        if services is not None and not await self._are_answered(self._config.patience.drain_timeout_s):
+            services.clients.close()  # what is still open ends with an error, in streams with an event
+            await self._are_answered(CANCEL_S)
         await public.cleanup()
         if services is not None:
             await services.close()
@@ -149,6 +157,15 @@ class Server:
         self._view.close()
         self._context.destroy(linger=0)
         log.info("event=stopped")
+
+    async def _are_answered(self, within_s: float) -> bool:
+        """Waits until no request is open; whether that came in time."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self._state.answered.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _report_alive(self) -> None:
         while True:
@@ -162,7 +179,7 @@ class Server:
             os._exit(1)  # the supervisor is gone; what was counted is committed
 
 
-def _runner(app: web.Application, shutdown_timeout_s: float) -> web.AppRunner:
+def _runner(app: web.Application) -> web.AppRunner:
     # handler_cancellation: a client that has gone cancels its handler, which aborts its sequences.
     # auto_decompress: a body of 1 MB that holds 1 GB would stop the event loop for seconds, whoever reads it or not.
     return web.AppRunner(
@@ -170,7 +187,7 @@ def _runner(app: web.Application, shutdown_timeout_s: float) -> web.AppRunner:
         auto_decompress=False,
         handler_cancellation=True,
         access_log=None,
-        shutdown_timeout=shutdown_timeout_s,
+        shutdown_timeout=CANCEL_S,
         handle_signals=False,
     )
 
@@ -188,7 +205,8 @@ def _read_config(descriptor: int) -> ServerConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 after SIGTERM, 1 after a failure, 2 for a configuration that cannot be used."""
+    """Exit code 0 after STOP_SIGNAL, 1 after a failure, 2 for a configuration that cannot be used."""
+    obey_the_supervisor_alone()
     parser = argparse.ArgumentParser(prog="python -m frontend.server", description=__doc__)
     parser.add_argument("--config-fd", type=int, required=True, help="descriptor that the configuration is read from")
     try:

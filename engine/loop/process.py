@@ -1,7 +1,7 @@
 """`python -m engine.loop.process --config-fd N`: one engine process.
 
 The main thread loads the model and then runs the loop (`engine.loop.loop`); a second one is the beacon
-(`engine.loop.beacon`). SIGTERM ends it after the iteration that runs; the supervisor's end, at once.
+(`engine.loop.beacon`). STOP_SIGNAL ends it after the iteration that runs; the supervisor's end, at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from engine.loop.beacon import Beacon, Shared
 from engine.loop.core import EngineCore
 from engine.loop.loop import EngineLoop, bind_router
 from engine.schedule import Batch, BlockPool, Recorder, Runner, Scheduler
-from engine.wire import Alive, EngineConfig, Facts, Failed, Lifeline, Ready
+from engine.wire import STOP_SIGNAL, Alive, EngineConfig, Facts, Failed, Lifeline, Ready, obey_the_supervisor_alone
 from metrics.broadcast import BroadcastError
 from metrics.bulkhead import Bulkhead
 from metrics.catalogue import ENGINE
@@ -125,9 +125,9 @@ def ended_with_supervisor(lifeline: Lifeline, on_orphaned: Callable[[], None] = 
 
 
 def run(config: EngineConfig, runner: ModelRunner, lifeline: Lifeline) -> None:
-    """Serve until SIGTERM. Raises StoreError where the tally cannot be kept, BroadcastError without its sockets."""
+    """Serve until STOP_SIGNAL. Raises StoreError where the tally cannot be kept, BroadcastError without its sockets."""
     stopping: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    signal.signal(STOP_SIGNAL, lambda number, frame: stopping.append(number))
     layout = _layout(config, runner)
     store = TallyStore.open(
         tally_path(config.directory, ENGINE, config.index),
@@ -214,7 +214,8 @@ def _facts(config: EngineConfig, runner: ModelRunner) -> Facts:
 
 
 def main(arguments: list[str] | None = None, runner_factory: RunnerFactory = load_runner) -> int:
-    """Exit code 0 after SIGTERM, 1 after a failure that may pass, 2 where starting again would not help."""
+    """Exit code 0 after STOP_SIGNAL, 1 after a failure that may pass, 2 where starting again would not help."""
+    obey_the_supervisor_alone()
     parser = argparse.ArgumentParser(prog="python -m engine.loop.process", description=__doc__)
     parser.add_argument("--config-fd", type=int, required=True, help="descriptor that the configuration is read from")
     with os.fdopen(parser.parse_args(arguments).config_fd, "rb") as file:

@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from engine.config import Patience
-from engine.wire import Alive, Deployment, Facts, Failed, ProcessEntry, Ready, Report
+from engine.wire import STOP_SIGNAL, Alive, Deployment, Facts, Failed, ProcessEntry, Ready, Report
 from metrics.catalogue import API_SERVER, ENGINE
 
 MIN_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 5.0
 STEADY_S: Final = 10.0  # ready for so long: the next back-off begins anew
-MAX_ENGINE_FAILURES: Final = 5
+MAX_FAILURES: Final = 5
 MAX_STARTING_SILENCE_S: Final = 120.0  # many interpreters that import at once on few cores take most of a minute
-ENGINE_END_S: Final = 5.0  # from SIGTERM to SIGKILL
+ENGINE_END_S: Final = 5.0  # from STOP_SIGNAL to SIGKILL
 MAX_TICK_GAP_S: Final = 1.0  # a longer one means that the supervisor itself was stopped
 DRAIN_MARGIN_S: Final = 5.0  # an API server's, beyond its drain
 SHADOW_S: Final = 0.5  # a signal so soon after the first is the same
@@ -177,14 +177,16 @@ class Supervision:
         child.state, child.kill_at, child.ready_at, child.progress = "ended", None, 0.0, -1
         child.failures += not was_ready
         self.version += 1
-        if role == ENGINE and child.failures >= MAX_ENGINE_FAILURES and not self._stopping:
-            message = f"engine {index} ended {MAX_ENGINE_FAILURES} times without getting ready"
+        # An API server that fails while others serve is started again for ever; before that, nobody could be served.
+        matters = role == ENGINE or not self.has_been_ready
+        if matters and child.failures >= MAX_FAILURES and not self._stopping:
+            message = f"{role} {index} ended {MAX_FAILURES} times without getting ready"
             return self._stop(Exit(1, message), now, kill=True)
         return self._advance(now)
 
     def on_signal(self, now: float) -> list[Action]:
-        """SIGTERM or SIGINT: the first stops in order, a second one at once. What follows the first like its shadow is
-        no second thought: `timeout` signals a process and then its group, a terminal the whole group."""
+        """SIGTERM, SIGINT or SIGHUP: the first stops in order, a second one at once. What follows the first like its
+        shadow is no second thought: `timeout` signals a process and then its group, a terminal the whole group."""
         if self.is_stopping and now - self._told_at < SHADOW_S:
             return []
         self._told_at = now
@@ -250,7 +252,7 @@ class Supervision:
         for child in self._running():
             if child.role == role and child.state != "stopping":
                 child.state, child.kill_at = "stopping", now + wait_s
-                actions.append(Kill(child.role, child.index, signal.SIGTERM, "stopping"))
+                actions.append(Kill(child.role, child.index, STOP_SIGNAL, "stopping"))
         return actions
 
     def _advance(self, now: float) -> list[Action]:

@@ -102,13 +102,15 @@ class Supervisor:
         """Until a signal, or until the deployment cannot go on. The exit's message is on stderr."""
         wakeup, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         before = signal.set_wakeup_fd(woken)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)  # the wake-up descriptor tells
         self._selector.register(wakeup, selectors.EVENT_READ, lambda: self._on_signals(wakeup))
         try:
             while self._exit is None:
                 for key, _ in self._selector.select(self._wait_s()):
                     key.data()
+                if os.getpid() == 1:
+                    self._reap_orphans()
                 self._obey(self._machine.tick(time.monotonic()))
                 self._publish()
                 self._auditor.turn(self._machine.table(), time.monotonic())
@@ -128,6 +130,7 @@ class Supervisor:
     def _on_signals(self, wakeup: int) -> None:
         for _ in os.read(wakeup, 64):
             log.info("event=stopping")
+            self._public.close()  # with the API servers' own, so that who connects is refused at once
             self._obey(self._machine.on_signal(time.monotonic()))
 
     def _on_reports(self, key: Key) -> None:
@@ -159,6 +162,15 @@ class Supervisor:
         entry = self._machine.table().find(*key)
         assert entry is not None, f"no such child: {key}"
         return entry.incarnation
+
+    def _reap_orphans(self) -> None:
+        """The first process of a container inherits whoever loses its parent there; unreaped, they use up its pids."""
+        own = {process.popen.pid for process in self._processes.values()}
+        with contextlib.suppress(ChildProcessError):
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if ended.si_pid in own:
+                    return  # its pidfd tells, and its exit code is wanted
+                os.waitpid(ended.si_pid, 0)
 
     # --- actions ---
 
@@ -270,7 +282,7 @@ class Supervisor:
         self._publish_at = now + PUBLISH_S
         self._published = self._machine.version
         self._publisher.publish(DEPLOYMENT_TOPIC, encode(self._table()))
-        if self._machine.is_whole and not self._is_announced:
+        if self._machine.is_whole and not self._is_announced and not self._machine.is_stopping:
             self._is_announced = True
             self._announce()
 
@@ -288,7 +300,7 @@ class Supervisor:
             f"ready url=http://{shown}:{port} model={config.model.served_model_names[0]}"
             f" api_servers={config.num_api_servers} engines={config.num_engines}"
         )
-        with contextlib.suppress(BrokenPipeError):  # nobody reads: no reason to end
+        with contextlib.suppress(OSError, ValueError):  # nobody reads, a full disk, a letter that cannot be written
             print(line, flush=True)
 
     # --- the end ---

@@ -21,7 +21,7 @@ from engine.wire.deployment import (
     decode_deployment,
     deployment_endpoint,
 )
-from engine.wire.lifeline import Lifeline, make_lifeline, read_reports
+from engine.wire.lifeline import STOP_SIGNAL, Lifeline, make_lifeline, obey_the_supervisor_alone, read_reports
 from engine.wire.messages import (
     FINISH_REASONS,
     Abort,
@@ -47,6 +47,7 @@ __all__ = [
     "LEAST_TEMPERATURE",
     "MAX_BIAS",
     "MAX_LOGPROBS",
+    "STOP_SIGNAL",
     "WIRE_VERSION",
     "Abort",
     "Alive",
@@ -81,6 +82,7 @@ __all__ = [
     "identity",
     "limits",
     "make_lifeline",
+    "obey_the_supervisor_alone",
     "parse_identity",
     "read_reports",
     "work_endpoint",

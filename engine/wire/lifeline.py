@@ -6,6 +6,7 @@ for is dropped, as the next one says as much; other reports are kept, and go bef
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 
@@ -13,6 +14,16 @@ from engine.wire.codec import WireError, encode
 from engine.wire.deployment import Alive, Report, decode_report
 
 MAX_REPORT_BYTES = 65_536
+# How the supervisor tells a child to end in order. Not SIGTERM: service managers, terminals and `timeout` send that to
+# all processes of a group, and children that obeyed would cut their streams while the supervisor drains.
+STOP_SIGNAL = signal.SIGUSR1
+
+
+def obey_the_supervisor_alone() -> None:
+    """For a child: what others send to the whole group is the supervisor's to answer, and its end is seen on the
+    lifeline."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_lifeline() -> tuple[socket.socket, socket.socket]:

@@ -23,6 +23,7 @@ import zlib
 from typing import BinaryIO, Final, NamedTuple
 
 from metrics.catalogue import API_SERVER
+from metrics.files.banks import StoreError
 from metrics.snapshot import NOWHERE, Position
 
 _CONTENT: Final = struct.Struct("<QQd")  # position (incarnation, sequence), instant
@@ -48,12 +49,18 @@ def held_path(directory: str, api_server: int) -> str:
 
 
 class HeldWriter:
-    """The exporter's side. Raises OSError where the file system refuses, or another process writes the file."""
+    """The exporter's side. Raises StoreError where the file system refuses, or another process writes the file."""
 
     def __init__(self, directory: str, api_server: int, num_engines: int) -> None:
         size = num_engines * _ENTRY_BYTES
+        try:
+            self._open(held_path(directory, api_server), num_engines, size)
+        except OSError as error:
+            raise StoreError(f"cannot keep held snapshots in {directory}: {error.strerror or error}") from error
+
+    def _open(self, path: str, num_engines: int, size: int) -> None:
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open(held_path(directory, api_server), "a+b"))
+            self._file = stack.enter_context(open(path, "a+b"))
             os.posix_fallocate(self._file.fileno(), 0, size)  # a full disk is an error here, not a SIGBUS
             self._map = stack.enter_context(mmap.mmap(self._file.fileno(), size))
             for engine in range(num_engines):

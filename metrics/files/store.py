@@ -186,6 +186,12 @@ class TallyReader:
         self.close()
         raise StoreError(f"{self._path}: no consistent commit in {MAX_READ_ATTEMPTS} attempts")
 
+    @property
+    def is_to_come(self) -> bool:
+        """Whether there is no file because its process has never been started. Where the directory is gone, too, as
+        when a session's shared memory is cleared, there was one."""
+        return not os.path.exists(self._path) and os.path.isdir(os.path.dirname(self._path))
+
     def close(self) -> None:
         """Let go of the file; the next `read` opens it anew."""
         self._sequence = UNREAD
@@ -213,20 +219,22 @@ class Tallies:
         self._readers = [TallyReader(tally_path(directory, role, index), layout) for index in range(num)]
         self.cells = np.zeros((num, layout.num_cells))
         self._rows = [row.data.cast("B") for row in self.cells]
-        # By index; 0, as the cells are, where there is no such file or none that can be trusted.
+        # By index; 0, as the cells are, where there is no such file yet.
         self.incarnations = [0] * num
         self.created_unix = np.zeros(num)
 
     def read(self) -> None:
-        """Bring all up to date. Costs 0.5 µs for a tally that has not changed, 3 µs for another."""
+        """Bring all up to date. Costs 0.5 µs for a tally that has not changed, 3 µs for another.
+
+        Raises StoreError where one cannot be read now: taken for zeros, its counters would fall (P3)."""
         for index, (reader, row) in enumerate(zip(self._readers, self._rows, strict=True)):
             try:
                 if not reader.read_into(row):
                     continue
                 self.incarnations[index], self.created_unix[index] = reader.incarnation, reader.created_unix
             except StoreError:
-                self.incarnations[index], self.created_unix[index] = 0, 0.0
-                self.cells[index] = 0.0
+                if self.incarnations[index] or not reader.is_to_come:
+                    raise
 
 
 class _UntrustedError(Exception):

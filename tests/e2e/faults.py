@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from engine.wire import STOP_SIGNAL
 from tests.e2e.harness import Served, wait_for
 
 REFUSED = (OSError, http.client.HTTPException)  # the API server that took the connection ended
@@ -63,8 +64,8 @@ class Faults:
         self.end([(role, index)], signal.SIGKILL)
 
     def restart(self, role: str, index: int) -> None:
-        """SIGTERM, which drains, and wait until its next incarnation is ready."""
-        self.end([(role, index)], signal.SIGTERM)
+        """The supervisor's own signal, which drains, and wait until its next incarnation is ready."""
+        self.end([(role, index)], STOP_SIGNAL)
 
     def restart_all(self) -> None:
         """All API servers, one after another."""

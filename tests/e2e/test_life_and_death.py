@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import signal
+import socket
 import threading
+from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
-from tests.e2e.harness import Samples, served, total, wait_for
+from tests.e2e.harness import Samples, Served, served, total, wait_for
 from tests.e2e.load import Ask, asks, run, stream
 
 PROMPT = tuple(range(20, 60))
@@ -46,6 +51,58 @@ def test_a_request_that_runs_when_the_end_comes_is_answered(tiny_model: Path):
         deployment.process.send_signal(signal.SIGTERM)
         client.join()
         assert answers == [300]
+
+
+def test_a_signal_to_every_process_drains_as_one_to_the_supervisor_does(tiny_model: Path):
+    with served(tiny_model, "--api-server-count", "2") as deployment:
+        answers: list[int | None] = []
+        client = threading.Thread(target=lambda: answers.append(stream(deployment, Ask(PROMPT, 300)).completion_tokens))
+        client.start()
+        wait_for(lambda: total(deployment.metrics(), "vllm:generation_tokens_total") > 0, "a token")
+        supervisor = psutil.Process(deployment.process.pid)
+        for process in (*supervisor.children(recursive=True), supervisor):
+            process.send_signal(signal.SIGTERM)
+        client.join()
+        assert answers == [300]
+        assert deployment.process.wait(30) == 0
+
+
+def test_while_it_drains_nobody_is_let_in_and_what_outlasts_the_drain_ends_with_an_error_event(tiny_model: Path):
+    flags = ("--drain-timeout", "3", "--max-model-len", "2048")
+    with served(tiny_model, "--api-server-count", "2", *flags) as deployment:
+        lines: list[str] = []
+        client = threading.Thread(target=lambda: lines.extend(endless(deployment)))
+        client.start()
+        wait_for(lambda: lines or total(deployment.metrics(), "vllm:generation_tokens_total") > 0, "a token")
+        os.kill(deployment.pids("engine")[0], signal.SIGSTOP)  # so that it does outlast the drain
+        try:
+            deployment.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: is_refused(deployment), "a connection that is refused")
+            client.join()
+        finally:
+            for process in psutil.Process(deployment.process.pid).children():
+                process.send_signal(signal.SIGCONT)
+        assert deployment.process.wait(30) == 0
+    assert '"code":"engine_lost"' in lines[-1]
+
+
+def endless(deployment: Served) -> list[str]:
+    """The events of a stream that goes on as long as it may."""
+    host, port = urlsplit(deployment.url).hostname, urlsplit(deployment.url).port
+    body = {"prompt": list(PROMPT), "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with closing(http.client.HTTPConnection(str(host), port, timeout=60)) as connection:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        with connection.getresponse() as response:
+            return [line.decode().strip() for line in response if line.startswith(b"data: ")]
+
+
+def is_refused(deployment: Served) -> bool:
+    parts = urlsplit(deployment.url)
+    try:
+        socket.create_connection((str(parts.hostname), int(parts.port or 0)), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_children_end_when_the_supervisor_is_killed(tiny_model: Path):

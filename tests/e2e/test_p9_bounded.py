@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from engine.wire import STOP_SIGNAL
 from tests.e2e.harness import Served, served
 from tests.e2e.load import asks, run
 
@@ -32,7 +33,7 @@ def test_restarts_add_no_series_no_file_and_no_memory(tiny_model: Path):
         def restart_all(*more: int) -> None:
             victims = [*deployment.pids("api-server"), *more]
             for number, pid in enumerate(victims):
-                os.kill(pid, signal.SIGTERM if number % 2 else signal.SIGKILL)
+                os.kill(pid, STOP_SIGNAL if number % 2 else signal.SIGKILL)
             deployment.wait_until_restarted(victims)
 
         restart_all(*deployment.pids("engine"))

@@ -246,7 +246,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--config-fd", type=int)
 with os.fdopen(parser.parse_args().config_fd, "rb") as file:
     _, kind, config = msgpack.unpackb(file.read())
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
 facts = Facts(model_name="tiny", max_model_len=64, vocab_size=300, block_size=16, num_gpu_blocks=8,
               cache_dtype="float32", enable_prefix_caching=True)
 lifeline = Lifeline(config["lifeline_fd"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from engine.loop.beacon import Shared
 from engine.loop.loop import EngineLoop, bind_router
 from engine.loop.process import CannotServeError, load_runner, main, make_core
 from engine.schedule.record import Recorder
-from engine.wire import Abort, Goodbye, Hello, Outputs, SamplingParams, Submit
+from engine.wire import STOP_SIGNAL, Abort, Goodbye, Hello, Outputs, SamplingParams, Submit
 from engine.wire.deployment import Alive, Facts, Failed, Ready, decode_report
 from engine.wire.lifeline import make_lifeline, read_reports
 from metrics.bulkhead import Bulkhead
@@ -458,7 +457,7 @@ def test_the_process_reports_ready_with_its_facts_and_ends_on_sigterm(directory:
     while not isinstance(first, Ready):
         first = decode_report(ours.recv(65536))
     assert first == Ready(facts=facts)
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(STOP_SIGNAL)
     _, said = child.communicate(timeout=20)
     assert child.returncode == 0, said
     assert "Traceback" not in said

@@ -21,6 +21,7 @@ from engine.supervisor.policy import (
     Spawn,
     Supervision,
 )
+from engine.wire import STOP_SIGNAL
 from engine.wire.deployment import Alive, Facts, Failed, Ready, Report
 from metrics.catalogue import API_SERVER, ENGINE
 
@@ -218,7 +219,18 @@ def test_five_ends_before_ready_end_the_deployment_with_code_1():
     assert world.exit == Exit(1, "engine 0 ended 5 times without getting ready")
 
 
-def test_api_servers_may_fail_for_ever():
+def test_api_servers_that_never_get_ready_end_a_deployment_that_has_never_served():
+    world = World()
+    world.tick()
+    for _ in range(5):
+        world.end(API_SERVER, 0)
+        world.tick(5.1)
+    for key in list(world.running):
+        world.end(*key)
+    assert world.exit == Exit(1, "api-server 0 ended 5 times without getting ready")
+
+
+def test_api_servers_may_fail_for_ever_once_there_was_service():
     world = World().start()
     for _ in range(30):
         world.end(API_SERVER, 0)
@@ -253,12 +265,12 @@ def test_a_signal_stops_api_servers_first_and_then_engines():
     world = World().start()
     world.obey(world.machine.on_signal(world.now))
     assert [(k.role, k.index, k.signal) for k in world.signals] == [
-        (API_SERVER, 0, signal.SIGTERM),
-        (API_SERVER, 1, signal.SIGTERM),
+        (API_SERVER, 0, STOP_SIGNAL),
+        (API_SERVER, 1, STOP_SIGNAL),
     ]
     world.end(API_SERVER, 0)
     world.end(API_SERVER, 1)
-    assert (world.signals[-1].role, world.signals[-1].signal) == (ENGINE, signal.SIGTERM)
+    assert (world.signals[-1].role, world.signals[-1].signal) == (ENGINE, STOP_SIGNAL)
     assert world.exit is None
     world.end(ENGINE, 0)
     assert world.exit == Exit(0)
@@ -387,7 +399,8 @@ class AnyLife(RuleBasedStateMachine):
             return
         state = self.world.state(*key)
         self.failures[key] = self.failures.get(key, 0) + 1 if state == "starting" else 0
-        if key[0] == ENGINE and self.failures[key] == 5 and self.code is None:
+        matters = key[0] == ENGINE or not self.world.machine.has_been_ready
+        if matters and self.failures[key] >= 5 and self.code is None:
             self.code = 1
         self.world.end(*key)
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metrics.files import held_snapshots
+from metrics.files.banks import StoreError
 from metrics.files.held_snapshots import NOTHING, Held, HeldReader, HeldWriter, held_path
 
 ENTRY_BYTES = held_snapshots._ENTRY_BYTES
@@ -102,7 +103,7 @@ def test_a_slot_of_which_any_part_was_written_is_the_old_one_or_the_new_one_or_n
 
 def test_only_one_process_holds_at_an_index(directory: str):
     writer = HeldWriter(directory, 3, 2)
-    with pytest.raises(OSError, match="temporarily unavailable"):
+    with pytest.raises(StoreError, match="temporarily unavailable"):
         HeldWriter(directory, 3, 2)
     writer.close()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,11 +410,31 @@ def test_tallies_are_the_rows_of_one_matrix_and_0_where_there_is_none(tmp_path: 
         assert tallies.cells[:, COUNTER].tolist() == [10 * number, 0, 12 * number]
         assert (tallies.incarnations, tallies.created_unix.tolist()) == ([4, 0, 6], [0, 0, 2])
     os.truncate(tally_path(str(tmp_path), SUPERVISOR, 2), 0)
-    tallies.read()
-    assert (tallies.incarnations, tallies.cells[2].any(), tallies.created_unix[2]) == ([4, 0, 0], False, 0)
+    with pytest.raises(StoreError, match="size is 0 bytes"):
+        tallies.read()
     open_store(tally_path(str(tmp_path), SUPERVISOR, 2), 7, now_unix=9.0)
     tallies.read()
     assert (tallies.incarnations, tallies.created_unix[2]) == ([4, 0, 7], 9.0)
+
+
+def test_what_cannot_be_read_now_is_an_error_and_never_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    directory = tmp_path / "deployment"
+    directory.mkdir()
+    store = open_store(tally_path(str(directory), SUPERVISOR, 0), 4)
+    store.tally.inc(COUNTER, 10)
+    store.commit()
+
+    def no_descriptor(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", no_descriptor)
+        with pytest.raises(StoreError, match="Too many open files"):
+            Tallies(str(directory), SUPERVISOR, 1, LAYOUT).read()
+    Tallies(str(directory), SUPERVISOR, 2, LAYOUT).read()  # index 1 has never been started
+    shutil.rmtree(directory)
+    with pytest.raises(StoreError, match="No such file"):
+        Tallies(str(directory), SUPERVISOR, 1, LAYOUT).read()
 
 
 def test_a_reading_is_the_same_object_until_something_is_committed(path: str):
