@@ -50,7 +50,8 @@ def parse(arguments: list[str], environment: dict[str, str]) -> DeploymentConfig
         raise FlagError(f"--model {str(path)!r}: not a name for clients, give one with --served-model-name")
     found["num_api_servers"] = found["num_api_servers"] or found["num_engines"]
     found["runtime_directory"] = str(Path(found["runtime_directory"] or default_runtime_directory()).absolute())
-    found["http.api_keys"] = [*found["http.api_keys"], *_keys(environment)]
+    # Stripped: a key that was read from a file ends with a line end, which no header can hold.
+    found["http.api_keys"] = [key.strip() for key in (*found["http.api_keys"], *_keys(environment))]
     config = make(DeploymentConfig, found)
     _check(config)
     return config

@@ -247,7 +247,9 @@ def _authentication(api_keys: tuple[str, ...]) -> Any:
         route = route_of(request)
         needs_key = request.path.startswith("/v1") if route is None else route.needs_key
         if keys and needs_key and not _is_authorized(request, keys):
-            raise Unauthorized("no API key, or a wrong one, in the Authorization header", code="invalid_api_key")
+            raise Unauthorized(
+                "no API key, or a wrong one, in the Authorization or x-api-key header", code="invalid_api_key"
+            )
         return await handler(request)
 
     return authenticate
@@ -255,10 +257,11 @@ def _authentication(api_keys: tuple[str, ...]) -> Any:
 
 def _is_authorized(request: web.Request, keys: list[bytes]) -> bool:
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    token = given.strip().encode("utf-8", "surrogateescape")
+    bearer = given if scheme.lower() == "bearer" else ""
+    shown = (bearer, request.headers.get("x-api-key", ""))  # Anthropic's clients send the second
+    tokens = [token.strip().encode("utf-8", "surrogateescape") for token in shown]
     # Every key is compared, each in constant time: how long it takes says nothing about which one nearly fits.
-    num_equal = sum(hmac.compare_digest(token, key) for key in keys)
-    return num_equal > 0 and scheme.lower() == "bearer"
+    return sum(hmac.compare_digest(token, key) for token in tokens for key in keys) > 0
 
 
 def _http_metrics(state: State) -> Any:

@@ -38,6 +38,7 @@ from frontend.app import State, admin_app, public_app
 from frontend.deployment_view import DeploymentView
 from frontend.services import Services
 from frontend.text import Tokenizer, TokenizerError, load_tokenizer
+from metrics.bulkhead import FaultLog
 from metrics.files import StoreError
 
 try:
@@ -179,6 +180,27 @@ class Server:
             os._exit(1)  # the supervisor is gone; what was counted is committed
 
 
+class _WithoutContents(logging.Filter):
+    """What the HTTP library says of a request that is none: once a kind, by its kind alone. A traceback would show
+    what was sent, a key in a broken header too, and as often as anybody likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._faults = FaultLog(log)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        kind = record.levelname if error is None else type(error).__name__
+        self._faults.once(kind, f"event=bad_http kind={kind} further=silent")
+        return False
+
+
+def _http_log() -> logging.Logger:
+    made = logging.getLogger("frontend.server.http")
+    made.filters = [_WithoutContents()]
+    return made
+
+
 def _runner(app: web.Application) -> web.AppRunner:
     # handler_cancellation: a client that has gone cancels its handler, which aborts its sequences.
     # auto_decompress: a body of 1 MB that holds 1 GB would stop the event loop for seconds, whoever reads it or not.
@@ -187,6 +209,7 @@ def _runner(app: web.Application) -> web.AppRunner:
         auto_decompress=False,
         handler_cancellation=True,
         access_log=None,
+        logger=_http_log(),
         shutdown_timeout=CANCEL_S,
         handle_signals=False,
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -87,3 +90,31 @@ def test_a_field_that_nobody_defines_is_ignored(deployment: Served):
     status, answer = deployment.post("/v1/completions", COMPLETION | {"nobody_knows_me": 1, "ignore_eos": True})
     assert status == 200
     assert answer["usage"]["completion_tokens"] == 4
+
+
+GARBAGE = (
+    b"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a-secret\0\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a-secret" + b"x" * 9000 + b"\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n",
+)
+
+
+def test_what_is_no_http_is_said_once_a_kind_and_nothing_of_it_is_shown(deployment: Served):
+    parts = urlsplit(deployment.url)
+    before = deployment.log()
+    for raw in GARBAGE * 20:
+        with socket.create_connection((str(parts.hostname), int(parts.port or 0)), timeout=10) as connection:
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+            with suppress(ConnectionError):
+                while connection.recv(65536):
+                    pass
+    assert deployment.get("/health") == ""
+    said = deployment.log()[len(before) :]
+    assert "event=bad_http" in said
+    assert "a-secret" not in said
+    assert "Traceback" not in said
+    assert said.count("\n") <= 2 * 5  # for each API server, a few kinds

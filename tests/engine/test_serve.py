@@ -118,6 +118,12 @@ def test_a_wrong_flag_is_named(model: Path, case: str):
     assert "\n" not in str(refused.value)
 
 
+def test_a_key_from_a_file_loses_its_line_end(model: Path):
+    assert parsed(model, "--api-key", "k1\n", key="k2\r\n").http.api_keys == ("k1", "k2")
+    with pytest.raises(FlagError, match="an empty key"):
+        parsed(model, "--api-key", " ")
+
+
 def test_a_key_of_the_environment_that_is_no_text_is_refused_and_not_shown(model: Path):
     with pytest.raises(FlagError, match=f"{API_KEY_VARIABLE} is not UTF-8"):
         parsed(model, key="secret\udcff")

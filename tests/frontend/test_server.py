@@ -80,6 +80,8 @@ async def test_with_api_keys_the_api_needs_one_of_them_and_the_rest_stays_open(d
     assert await status("/v1/models", "bearer zweiter-Schlüssel") == 200
     for wrong in (None, "", "first", "Basic first", "Bearer", "Bearer ", "Bearer firs", "Bearer firstt"):
         assert await status("/v1/models", wrong) == 401
+    for key, expected in (("first", 200), ("firs", 401), ("", 401)):
+        assert (await ask(node, "GET", "/v1/models", headers={"x-api-key": key}))[0] == expected
     assert await status("/v1/nothing", None) == 401
     assert await status("/metrics", None) == 200
     assert await status("/version", None) == 200
