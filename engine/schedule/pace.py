@@ -11,7 +11,7 @@ from typing import Final
 
 FEWEST_TOKENS: Final = 32  # fewer cost a CPU hardly less
 # Prompts get on as fast as decodes end, whatever is wanted: else the prompts would wait, and the batch run empty.
-TOKENS_PER_DECODE: Final = 2
+TOKENS_PER_DECODE: Final = 8
 _FIRST_TOKENS: Final = 64.0
 _MOST_SHRINKING, _MOST_GROWTH = 0.5, 1.25  # in one iteration: one that was slow by chance costs little
 
