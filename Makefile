@@ -34,7 +34,7 @@ serve: model ## serve the default model on port 8000 with 4 API servers; more fl
 	$(BIN)/python -m engine.serve --api-server-count 4 $(ARGS)
 
 test: install-test model ## run all tests; some of them: make test ARGS='tests/metrics -k store'
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: install-test ## lint, format, types, generated text
 	$(BIN)/ruff check .
