@@ -19,7 +19,7 @@ from frontend.api import OpenAIService
 from frontend.counters import GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
 from frontend.engines import Admission, Asked, EngineClients, Identity, InFlight, Limits, Observer
-from frontend.scrape import Exporter, Figures, Layouts, Pool, Scrape, boottime, load_report
+from frontend.scrape import Exporter, Figures, Layouts, Pool, ScrapeResponder, boottime, load_report
 from frontend.text import Tokenizer
 from frontend.tracing import RequestTrace
 from metrics.bulkhead import Bulkhead
@@ -100,8 +100,8 @@ class Services:
         """Of the engines heard; the same in every API server."""
         return self.pool.figures(self.exporter.heard())
 
-    def _make_scrape(self, config: ServerConfig, facts: Facts, identity: Identity, layouts: Layouts) -> Scrape:
-        return Scrape(
+    def _make_scrape(self, config: ServerConfig, facts: Facts, identity: Identity, layouts: Layouts) -> ScrapeResponder:
+        return ScrapeResponder(
             config.directory,
             identity,
             layouts,

@@ -10,7 +10,7 @@ from frontend.scrape.discovery import OWN_PATH, PROCESSES_PATH, targets
 from frontend.scrape.exporter import Exporter, boottime
 from frontend.scrape.pool import Figures, Pool, load_report
 from frontend.scrape.request import ScrapeRequest, scrape_request
-from frontend.scrape.scrape import Layouts, Scrape
+from frontend.scrape.scrape import Layouts, ScrapeResponder
 
 __all__ = [
     "OWN_PATH",
@@ -19,8 +19,8 @@ __all__ = [
     "Figures",
     "Layouts",
     "Pool",
-    "Scrape",
     "ScrapeRequest",
+    "ScrapeResponder",
     "boottime",
     "load_report",
     "scrape_request",

@@ -111,7 +111,7 @@ def process_template(layout: Layout, label: str | None, *, log_stats: bool, has_
     return Template(layout, PROCESS_SCOPES, process=label, log_stats=log_stats, has_gauges=has_gauges)
 
 
-class Scrape:
+class ScrapeResponder:
     """Answers scrapes. `table` is the newest deployment table."""
 
     def __init__(  # noqa: PLR0913  its collaborators, handed in by the one place that makes it
