@@ -28,6 +28,11 @@ def _process(
     )
 
 
+# vLLM's panels of `process_*` sum every process that is scraped; here that is more than API servers.
+_WHOSE: Final = (
+    " The label process says whose: api-server-N, engine-N or supervisor-0; a sum over it is of all of them."
+)
+
 _GENERATION = (Label("generation", GENERATIONS),)
 _LAW = (Label("law", AUDIT_LAWS),)
 
@@ -50,13 +55,15 @@ PROCESS_METRICS: Final = (
         COUNTER,
         "process_cpu_seconds_total",
         "seconds",
-        "User and system CPU time of the process, earlier incarnations included.",
+        "User and system CPU time of the process, earlier incarnations included." + _WHOSE,
     ),
-    _process(GAUGE, "process_resident_memory_bytes", "bytes", "Physical memory the process holds."),
-    _process(GAUGE, "process_virtual_memory_bytes", "bytes", "Address space the process has mapped."),
-    _process(GAUGE, "process_start_time_seconds", "seconds", "When the process started, in seconds of Unix time."),
-    _process(GAUGE, "process_open_fds", "descriptors", "File descriptors the process has open."),
-    _process(GAUGE, "process_max_fds", "descriptors", "File descriptors the process may have open."),
+    _process(GAUGE, "process_resident_memory_bytes", "bytes", "Physical memory the process holds." + _WHOSE),
+    _process(GAUGE, "process_virtual_memory_bytes", "bytes", "Address space the process has mapped." + _WHOSE),
+    _process(
+        GAUGE, "process_start_time_seconds", "seconds", "When the process started, in seconds of Unix time." + _WHOSE
+    ),
+    _process(GAUGE, "process_open_fds", "descriptors", "File descriptors the process has open." + _WHOSE),
+    _process(GAUGE, "process_max_fds", "descriptors", "File descriptors the process may have open." + _WHOSE),
     _process(
         COUNTER,
         "python_gc_objects_collected_total",

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from metrics.catalogue import METRICS, Kind, Metric, Scope
+from metrics.catalogue import API_SERVER, METRICS, SUPERVISOR, Kind, Metric, Scope
+from metrics.catalogue import ENGINE as ENGINE_ROLE
 from metrics.dashboards.panels import (
     BYTES,
     COUNT,
@@ -58,6 +59,7 @@ _CACHE_CONFIG: Final = ("kv_cache_size_tokens", "block_size", "num_gpu_blocks", 
 _CACHE_LEGEND: Final = "{{kv_cache_size_tokens}} tokens in {{num_gpu_blocks}} blocks of {{block_size}}, {{cache_dtype}}"
 _PROCESS: Final = ("instance", "process")
 _PROCESS_LEGEND: Final = "{{process}} {{instance}}"
+_ROLE_TITLES: Final = {API_SERVER: "API servers", ENGINE_ROLE: "Engines", SUPERVISOR: "Supervisor"}
 
 
 def overview() -> str:
@@ -229,13 +231,7 @@ def statistics_plane() -> str:
         lines("Faults caught", _by("wholebatch:bulkhead_errors_total", "where"), unit=PER_SECOND),
         lines("Messages that did not parse", _by("wholebatch:wire_rejected_total", "kind"), unit=PER_SECOND),
     ]
-    processes = [
-        lines(
-            "Processor", Query(Q.rate("process_cpu_seconds_total", *_PROCESS), _PROCESS_LEGEND), unit="suffix: cores"
-        ),
-        lines("Memory", Query(Q.gauge("process_resident_memory_bytes", *_PROCESS), _PROCESS_LEGEND), unit=BYTES),
-        lines("Open files", Query(Q.gauge("process_open_fds", *_PROCESS), _PROCESS_LEGEND)),
-    ]
+    processes = [panel for role, title in _ROLE_TITLES.items() for panel in _processes(role, title)]
     rows = [Row("Who exports", exporter), Row("Does it add up?", audit), Row("Processes", processes)]
     return _dashboard("statistics-plane", "Statistics plane", "Whether the numbers themselves can be trusted.", rows)
 
@@ -257,6 +253,19 @@ def _sum(name: str, label: str) -> Query:
 
 def _per_engine(name: str, how: str) -> Query:
     return Query(Q.gauge(name, *ENGINE, how=how), ENGINE_LEGEND)
+
+
+def _processes(role: str, title: str) -> list[Panel]:
+    """What the processes of one role use."""
+    label = {"process": f'=~"{role}-.*"'}
+    cpu = Q.rate("process_cpu_seconds_total", *_PROCESS, **label)
+    memory = Q.gauge("process_resident_memory_bytes", *_PROCESS, **label)
+    open_files = Q.gauge("process_open_fds", *_PROCESS, **label)
+    return [
+        lines(f"{title}: processor", Query(cpu, _PROCESS_LEGEND), unit="suffix: cores"),
+        lines(f"{title}: memory", Query(memory, _PROCESS_LEGEND), unit=BYTES),
+        lines(f"{title}: open files", Query(open_files, _PROCESS_LEGEND)),
+    ]
 
 
 def _quantiles(name: str) -> list[Query]:

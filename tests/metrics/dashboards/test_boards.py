@@ -12,7 +12,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from metrics.catalogue import METRICS, Kind, Scope
+from metrics.catalogue import METRICS, ROLES, Kind, Scope
 from metrics.dashboards import boards as dashboards
 from metrics.dashboards import promql
 from metrics.dashboards.boards import DASHBOARDS, Q
@@ -107,6 +107,26 @@ def test_there_is_a_small_picture_of_every_dashboard():
     pictures = {path.stem: path.stat().st_size for path in GRAFANA.glob("*.png")}
     assert set(pictures) == {name.removesuffix(".json") for name in MADE}
     assert max(pictures.values()) <= 150_000
+
+
+def test_what_processes_use_is_shown_apart_by_role():
+    """A sum over roles is no API server's: its engines' memory would be in it."""
+    used = ("process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds")
+    shown = [
+        (series, role)
+        for name, _, expression in QUERIES
+        if name == "statistics-plane.json"
+        for series, role in re.findall(r'(process_\w+)\{[^}]*process=~"([\w-]+)-\.\*"', expression)
+    ]
+    assert sorted(shown) == sorted((series, role) for series in used for role in ROLES)
+    of_processes = [expression for _, _, expression in QUERIES if "process_" in expression]
+    assert len(of_processes) == len(shown), "a panel adds up roles"
+
+
+def test_the_help_of_what_a_process_uses_says_which_processes_there_are():
+    helps = [metric.help for metric in METRICS if metric.name.startswith("process_")]
+    assert len(helps) == 6
+    assert all(f"{role}-" in text for text in helps for role in ROLES)
 
 
 def test_grafanas_own_model_reads_a_dashboard_back_whole():
