@@ -1,15 +1,15 @@
 """One HTTP request's sequences, from the engine's tokens to pieces of text, and the account of every token.
 
 A piece is what one turn adds to one choice; tokens whose text is still held back (half a character, the beginning of a
-stop string) wait and come with the next piece. P4: whoever writes pieces first calls `deliver`, has that committed
-(`frontend.counters.group_commit`), then writes; and calls `close` in a finally. `frontend.api.delivery` does.
+stop string) wait and come with the next piece. P4: whoever writes pieces first counts them as delivered, has that
+committed (`frontend.counters.group_commit`), then writes; and calls `close` in a finally. `frontend.api.delivery` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.wire import Finish, Start, TokenLogprobs
 from frontend.errors import GenerationFailed
@@ -52,6 +52,14 @@ class Generation(Protocol):
     def finish(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Usage(NamedTuple):
+    """Tokens of a request; `num_cached` is None if an engine did not say."""
+
+    num_prompt: int
+    num_completion: int
+    num_cached: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +168,17 @@ class Answer:
         new_text: Callable[[], SequenceText],
         *,
         n: int,
+        num_prompt_tokens: int,
         shows_stop_token: bool = False,
     ) -> None:
         self._generations = generations
+        self._num_prompt_tokens = num_prompt_tokens
         self._n = n
         numbers = range(len(generations) * n)
         choices = [_Choice(number, new_text(), shows_stop_token=shows_stop_token) for number in numbers]
         self._choices = [choices[at : at + n] for at in range(0, len(choices), n)]  # of each generation
         self._num_undelivered = [n] * len(generations)  # choices of each prompt whose last piece is not delivered
-        self.num_completion_tokens = 0
+        self._num_completion_tokens = 0
 
     @property
     def is_delivered(self) -> bool:
@@ -176,11 +186,12 @@ class Answer:
         return not any(self._num_undelivered)
 
     @property
-    def num_cached_tokens(self) -> int | None:
-        """Prompt tokens found in the prefix cache, by each prompt's first sequence; None if an engine did not say."""
+    def usage(self) -> Usage:
+        """Up to now. Of prompt tokens found in the prefix cache each prompt's first sequence knows."""
         counts = [choices[0].num_cached_tokens for choices in self._choices]
         known = [count for count in counts if count is not None]
-        return sum(known) if len(known) == len(counts) else None
+        num_cached = sum(known) if len(known) == len(counts) else None
+        return Usage(self._num_prompt_tokens, self._num_completion_tokens, num_cached)
 
     @property
     def is_finished(self) -> bool:
@@ -213,19 +224,23 @@ class Answer:
             generation.stop(delta.index)
             generation.undelivered(num_past_stop, "stop")
 
-    def deliver(self, pieces: Iterable[Piece]) -> bool:
-        """Count these pieces' tokens as delivered, and each request that ends with them as finished. Whether they are
-        the answer's last."""
+    def deliver_ready(self) -> tuple[list[Piece], bool]:
+        """`take`, and `deliver` all of it. Whether these are the answer's last pieces."""
+        pieces = self.take()
+        self.deliver(pieces)
+        return pieces, self.is_delivered
+
+    def deliver(self, pieces: Iterable[Piece]) -> None:
+        """Count these pieces' tokens as delivered, and each prompt whose choices end with them as finished."""
         for piece in pieces:
             prompt = piece.choice // self._n
             generation = self._generations[prompt]
             generation.delivered(piece.num_tokens)
-            self.num_completion_tokens += piece.num_tokens
+            self._num_completion_tokens += piece.num_tokens
             if piece.finish_reason is not None:
                 self._num_undelivered[prompt] -= 1
                 if not self._num_undelivered[prompt]:
                     generation.finish()
-        return self.is_delivered
 
     def close(self) -> None:
         """Ends what still runs; idempotent."""

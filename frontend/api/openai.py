@@ -1,24 +1,22 @@
 """The OpenAI HTTP API: /v1/completions, /v1/chat/completions, /v1/models. Routes only.
 
 What a request may say is in `protocol`, what an answer looks like in `replies`, how tokens become text and are
-accounted for in `answer`, how that reaches the client in `delivery`. A streamed answer's headers go out with its first
-words, so that whatever fails before them has an honest status; what fails later is an event in the stream.
+accounted for in `answer`, how that reaches the client in `delivery`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
 from typing import Any, Final, ParamSpec, Protocol, TypeVar
 
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 
-from frontend.api.answer import Answer, Generation, Piece
-from frontend.api.delivery import Delivery, Sink
+from frontend.api.answer import Answer, Generation
+from frontend.api.delivery import stream, whole
 from frontend.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -28,11 +26,11 @@ from frontend.api.protocol import (
     parse_request,
     too_long,
 )
-from frontend.api.replies import DONE, ChatReply, CompletionReply, Reply, event, usage
+from frontend.api.replies import ChatReply, CompletionReply, Reply
 from frontend.context import TRACE_HEADERS, RequestContext
 from frontend.counters import GroupCommit
 from frontend.engines import Asked
-from frontend.errors import ApiError, BadRequest, NotFound, UnsupportedMediaType, error_body
+from frontend.errors import ApiError, BadRequest, NotFound, UnsupportedMediaType
 from frontend.routes import Handler, Route, route_of
 from frontend.text import ChatTemplateError, SequenceText, Stops, StopStrings, Tokenizer
 
@@ -40,11 +38,6 @@ from frontend.text import ChatTemplateError, SequenceText, Stops, StopStrings, T
 LONG_BODY: Final = 16_384  # bytes
 LONG_TEXT: Final = 4_000  # characters
 MAX_ASIDE: Final = 2  # requests at a time
-STREAM_HEADERS: Final = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx hands events on as they come
-}
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -230,12 +223,12 @@ class OpenAIService:
                 generations,
                 lambda: self._sequence_text(request, stops),
                 n=request.n,
+                num_prompt_tokens=sum(map(len, prompts)),
                 shows_stop_token=request.include_stop_str_in_output,
             )
-            num_prompt_tokens = sum(map(len, prompts))
             if request.stream:
-                return await self._stream(http, answer, reply, request, num_prompt_tokens)
-            return await self._whole(answer, reply, num_prompt_tokens)
+                return await stream(http, answer, reply, self._group)
+            return await whole(answer, reply, self._group)
         except ApiError:
             for generation in generations:
                 generation.close()
@@ -253,62 +246,6 @@ class OpenAIService:
             min_tokens=request.min_tokens,
         )
 
-    async def _whole(self, answer: Answer, reply: Reply, num_prompt_tokens: int) -> web.Response:
-        """One JSON answer, when all is there."""
-        choices: dict[int, Piece] = {}
-
-        def say(pieces: list[Piece]) -> tuple[str, bool]:
-            for piece in pieces:
-                if piece.choice in choices:
-                    choices[piece.choice].extend(piece)
-                else:
-                    choices[piece.choice] = piece
-            if not answer.is_finished:
-                return "", False
-            in_order = [choices[number] for number in sorted(choices)]
-            is_last = answer.deliver(in_order)
-            counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
-            return json.dumps(reply.whole(in_order, counts)), is_last
-
-        return web.json_response(text=await Delivery(answer, self._group, say).next())
-
-    async def _stream(
-        self, http: web.Request, answer: Answer, reply: Reply, request: GenerationRequest, num_prompt_tokens: int
-    ) -> web.StreamResponse:
-        """Server-sent events, one write a turn."""
-
-        def say(pieces: list[Piece]) -> tuple[str, bool]:
-            is_last = answer.deliver(pieces)
-            events = "".join(map(reply.events, pieces))
-            if not is_last:
-                return events, False
-            if request.stream_options.include_usage:
-                counts = usage(num_prompt_tokens, answer.num_completion_tokens, answer.num_cached_tokens)
-                events += reply.usage_event(counts)
-            return events + DONE, True
-
-        response = web.StreamResponse(headers=STREAM_HEADERS)
-        delivery = Delivery(answer, self._group, say)
-        sink: Sink | None = None
-        try:
-            while True:
-                words = await delivery.next(sink)
-                writer = await response.prepare(http)
-                if answer.is_delivered:
-                    break
-                await response.write(words.encode())
-                if writer is not None:
-                    await writer.drain()
-                sink = _chunks(http)
-        except ApiError as error:
-            if not response.prepared:
-                raise
-            answer.close()
-            await self._group.committed()
-            words = event(error_body(error))
-        await response.write_eof(words.encode())
-        return response
-
 
 async def read_json(http: web.Request) -> bytes:
     """The body. Only JSON is taken, and only as it is: a page of another origin may post texts without being asked,
@@ -318,21 +255,6 @@ async def read_json(http: web.Request) -> bytes:
     if http.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("a compressed body is not read: send it as it is, without Content-Encoding")
     return await http.read()
-
-
-def _chunks(http: web.Request) -> Sink | None:
-    """Past aiohttp's writer, which only a coroutine can use. None where this HTTP version has no chunks."""
-    transport, protocol = http.transport, http.protocol
-    if transport is None or http.version < HttpVersion11:
-        return None
-
-    def write(words: str) -> bool:
-        if transport.is_closing():
-            raise ConnectionResetError("the client has gone")
-        transport.write(f"{len(words):x}\r\n{words}\r\n".encode())
-        return not protocol.writing_paused
-
-    return write
 
 
 def _heading(context: RequestContext, request: GenerationRequest) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from frontend.api.answer import Piece, ShownToken
+from frontend.api.answer import Piece, ShownToken, Usage
 
 TokenBytes = Callable[[int], bytes]
 DONE = "data: [DONE]\n\n"
@@ -37,15 +37,15 @@ class _TextEvents:
         return f"{frame[0]}{_quote(text)}{frame[1]}"
 
 
-def usage(num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int | None) -> dict[str, Any]:
+def _usage(usage: Usage) -> dict[str, Any]:
     """OpenAI's usage object; cached tokens only where known."""
     counts: dict[str, Any] = {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_completion_tokens,
-        "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens": usage.num_prompt,
+        "completion_tokens": usage.num_completion,
+        "total_tokens": usage.num_prompt + usage.num_completion,
     }
-    if num_cached_tokens is not None:
-        counts["prompt_tokens_details"] = {"cached_tokens": num_cached_tokens}
+    if usage.num_cached is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": usage.num_cached}
     return counts
 
 
@@ -55,10 +55,10 @@ class Reply(Protocol):
     def events(self, piece: Piece) -> str:
         """The events that say this piece."""
 
-    def usage_event(self, counts: dict[str, Any]) -> str:
-        """The last one, with no choice."""
+    def last_events(self, usage: Usage) -> str:
+        """What ends the stream, after the last piece."""
 
-    def whole(self, choices: Sequence[Piece], counts: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """The answer that is not streamed."""
 
 
@@ -74,8 +74,12 @@ class _Envelope:
         usage_field = {"usage": None} if self._has_usage else {}
         return {**self._head, "choices": [choice], **usage_field}
 
-    def of(self, choices: list[dict[str, Any]], counts: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "choices": choices, "usage": counts}
+    def of(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        return {**self._head, "choices": choices, "usage": _usage(usage)}
+
+    def last_events(self, usage: Usage) -> str:
+        """The usage, where it was asked for, comes with no choice."""
+        return (event(self.of([], usage)) if self._has_usage else "") + DONE
 
 
 class CompletionReply:
@@ -102,11 +106,11 @@ class CompletionReply:
             return self._text_events.of(piece.choice, piece.text)
         return event(self._chunk(piece))
 
-    def usage_event(self, counts: dict[str, Any]) -> str:
-        return event(self._envelope.of([], counts))
+    def last_events(self, usage: Usage) -> str:
+        return self._envelope.last_events(usage)
 
-    def whole(self, choices: Sequence[Piece], counts: dict[str, Any]) -> dict[str, Any]:
-        return self._envelope.of([self._choice(piece) for piece in choices], counts)
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        return self._envelope.of([self._choice(piece) for piece in choices], usage)
 
     def _chunk(self, piece: Piece) -> dict[str, Any]:
         return self._envelope.chunk(self._choice(piece))
@@ -161,11 +165,11 @@ class ChatReply:
             said.append(event(self._delta(piece.choice, {}, finish_reason=piece.finish_reason)))
         return "".join(said)
 
-    def usage_event(self, counts: dict[str, Any]) -> str:
-        return event(self._chunk.of([], counts))
+    def last_events(self, usage: Usage) -> str:
+        return self._chunk.last_events(usage)
 
-    def whole(self, choices: Sequence[Piece], counts: dict[str, Any]) -> dict[str, Any]:
-        return self._whole.of([self._choice(piece) for piece in choices], counts)
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        return self._whole.of([self._choice(piece) for piece in choices], usage)
 
     def _delta(
         self,

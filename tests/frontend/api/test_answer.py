@@ -83,7 +83,7 @@ class Run:
         asked = fake_asked(n=n)
         books: Any = self.books
         self.generation = Generation(books, books, group, lambda: 1.0, asked, range(n))
-        self.answer = Answer([self.generation], lambda: self._text(stops), n=n)
+        self.answer = Answer([self.generation], lambda: self._text(stops), n=n, num_prompt_tokens=1)
         self.pieces: list[Piece] = []
 
     @staticmethod
@@ -108,9 +108,7 @@ class Run:
             while not self.answer.is_finished and (leaves_after is None or len(self.pieces) < leaves_after):
                 await news.wait()
                 news.clear()
-                pieces = self.answer.take()
-                self.answer.deliver(pieces)
-                self.pieces += pieces
+                self.pieces += self.answer.deliver_ready()[0]
         finally:
             self.answer.close()
 
@@ -151,7 +149,7 @@ def test_every_token_is_settled_and_every_request_ends_once(
     made = asyncio.run(run())
     books = made.books
     assert sum(books.tokens.values()) == made.num_received
-    assert books.tokens["delivered"] == made.answer.num_completion_tokens
+    assert books.tokens["delivered"] == made.answer.usage.num_completion
     assert books.ended_sequences.total() == 3
     assert books.ended_requests.total() == 1
 

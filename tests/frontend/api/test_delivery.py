@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from frontend.api.answer import Answer, Piece
+from frontend.api.answer import Answer
 from frontend.api.delivery import Delivery
 from frontend.counters.group_commit import GroupCommit
 from frontend.engines.generation import Generation
@@ -29,7 +29,7 @@ class Client:
         books = self.books
         self.generation = Generation(books, books, group, lambda: 1.0, asked, [0])  # type: ignore[arg-type]
         text = SequenceText(TOKENIZER.detokenizer(), StopStrings(Stops([])))
-        self.answer = Answer([self.generation], lambda: text, n=1)
+        self.answer = Answer([self.generation], lambda: text, n=1, num_prompt_tokens=1)
         self.log = log
         self.name = name
         self.takes_more = True
@@ -49,10 +49,10 @@ class Client:
         self.log.append(f"{self.name}write {words}")
         return self.takes_more
 
-    def _say(self, pieces: list[Piece]) -> tuple[str, bool]:
+    def _say(self) -> tuple[str, bool]:
         if self.fault is not None:
             raise self.fault
-        are_last = self.answer.deliver(pieces)
+        pieces, are_last = self.answer.deliver_ready()
         words = "".join(piece.text for piece in pieces)
         self.log.append(f"{self.name}count {words}")
         return words, are_last

@@ -374,14 +374,13 @@ def test_every_token_is_delivered_or_past_the_stop(wakeups: list[list[int]], sto
     generation = FakeGeneration(script)
 
     async def run() -> list[Piece]:
-        answer = Answer([generation], lambda: SequenceText(TOKENIZER.detokenizer(), StopStrings(Stops(stop))), n=1)
+        text = SequenceText(TOKENIZER.detokenizer(), StopStrings(Stops(stop)))
+        answer = Answer([generation], lambda: text, n=1, num_prompt_tokens=1)
         pieces = []
         answer.listen(lambda: None)
         while not answer.is_finished:
             await asyncio.sleep(0)
-            ready = answer.take()
-            answer.deliver(ready)
-            pieces += ready
+            pieces += answer.deliver_ready()[0]
         assert answer.is_delivered
         return pieces
 
