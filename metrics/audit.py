@@ -83,7 +83,7 @@ def _audit(url: str, wait_s: float, interval_s: float) -> tuple[bool, list[Findi
 
 
 def _scrape(url: str) -> Samples:
-    """Raises AuditError."""
+    """Scrape once; raises AuditError."""
     base = url if "://" in url else f"http://{url}"
     try:
         address = f"{base.rstrip('/').removesuffix('/metrics')}/metrics/engines"
@@ -100,7 +100,7 @@ def _scrape(url: str) -> Samples:
 
 
 def format_table(findings: Sequence[Finding]) -> str:
-    """One line a finding."""
+    """Write one line a finding."""
     lines = []
     for f in findings:
         status = f"VIOLATED by {f.imbalance:g}" if f.status is Status.VIOLATED else str(f.status)

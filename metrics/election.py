@@ -117,7 +117,7 @@ class Granter:
         self._may_grant_at = holder.live_at + self._hold_s
 
     def _release(self) -> None:
-        """The holder's right has ended for sure."""
+        """Give the grant free: the holder's right has ended for sure."""
         self._grant, self._echo = None, 0
         self._may_grant_at = NEVER
 

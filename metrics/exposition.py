@@ -148,7 +148,7 @@ class Line(NamedTuple):
     tally: int = 0
 
     def text(self, name: str) -> str:
-        """All that stands before the value."""
+        """The part of the line before the value."""
         pairs = ",".join(f'{label}="{_escape(value)}"' for label, value in sorted(self.labels))
         return f"{name}{self.suffix}{{{pairs}}} " if pairs else f"{name}{self.suffix} "
 

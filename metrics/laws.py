@@ -35,7 +35,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """The sum of a metric's samples, those with the given values of a label only."""
+    """One side's term: the sum of a metric's samples, or of those with the given values of a label."""
 
     name: str
     label: str = ""
@@ -237,7 +237,7 @@ def _counted(samples: Samples) -> dict[tuple[str, LabelSet], float]:
 
 
 class _Book:
-    """Samples by metric and engine."""
+    """One set of samples, by metric and engine."""
 
     def __init__(self, samples: Samples) -> None:
         self._samples: dict[tuple[str, str], list[tuple[LabelSet, float]]] = defaultdict(list)
@@ -279,7 +279,7 @@ def _check_running(law: Law, before: _Book, after: _Book, engine: str) -> Findin
 
 
 def _detail(law: Law, smaller: Sequence[Total], relation: str, book: _Book, engine: str) -> str:
-    """`accepted 7 = finished 5 + running 2`, with the figures."""
+    """Write the law with its figures: `accepted 7 = finished 5 + running 2`."""
 
     def side(totals: Sequence[Total]) -> str:
         return " + ".join(f"{total} {book.sum([total], engine):g}" for total in totals)
@@ -328,7 +328,7 @@ def _histograms(samples: Samples) -> dict[tuple[str, LabelSet], _Histogram]:
 
 
 def _misshape(h: _Histogram) -> tuple[str, float] | None:
-    """What is wrong with one histogram of observations from 0, and by how much."""
+    """Say what is wrong with one histogram of observations from 0, and by how much."""
     counts = [count for _, count in h.buckets]
     falls = max((before - after for before, after in pairwise([0.0, *counts])), default=0.0)
     if not falls <= 0:

@@ -65,7 +65,7 @@ class GaugesOnly(Tally):
     __slots__ = ()
 
     def inc(self, cell: int, amount: float = 1.0) -> None:
-        """Keeps nothing."""
+        """Counts nothing: there are no statistics."""
 
     def observe(self, histogram: Histogram, value: float, count: int = 1) -> None:
-        """Keeps nothing."""
+        """Observes nothing: there are no statistics."""

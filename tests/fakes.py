@@ -14,7 +14,7 @@ from engine.schedule.batch import Batch, SampledToken, ScheduledSequence
 from engine.wire import Finish, SamplingParams, Start, Submit, TokenLogprobs
 from frontend.context import RequestContext
 from frontend.counters.group_commit import GroupCommit
-from frontend.engines import Asked
+from frontend.engines import Asked, Delta
 from metrics.bulkhead import Bulkhead
 
 T = TypeVar("T")
@@ -131,15 +131,15 @@ def fake_output(prompt_token_ids: Sequence[int], num_tokens: int, vocab_size: in
 # --- the engines, as the OpenAI routes see them ---
 
 
-@dataclass
-class FakeDelta:
-    """What a Generation hands out: new tokens of one sequence."""
-
-    index: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    finish: Finish | None = None
-    start: Start | None = None
+def fake_delta(
+    index: int,
+    token_ids: list[int],
+    logprobs: list[TokenLogprobs] | None = None,
+    finish: Finish | None = None,
+    start: Start | None = None,
+) -> Delta:
+    """New tokens of one sequence, and nothing else about it unless it is given."""
+    return Delta(index, token_ids, logprobs, finish, start)
 
 
 def fake_asked(
@@ -179,7 +179,7 @@ class FakeGeneration:
     seen. `counts` sums the tokens that were accounted for.
     """
 
-    def __init__(self, script: Sequence[Sequence[FakeDelta] | Exception | None], log: list[str] | None = None) -> None:
+    def __init__(self, script: Sequence[Sequence[Delta] | Exception | None], log: list[str] | None = None) -> None:
         self.script = list(script)  # what is still to come
         self._has_news = False
         self.log: list[str] = [] if log is None else log
@@ -191,7 +191,7 @@ class FakeGeneration:
         self._on_news = on_news
         self._next_soon()
 
-    def take(self) -> Sequence[FakeDelta]:
+    def take(self) -> Sequence[Delta]:
         if not self._has_news:
             return []
         self._has_news = False
@@ -244,7 +244,7 @@ class FakeAsk:
     generation: FakeGeneration
 
 
-Script = Sequence[Sequence[FakeDelta] | Exception | None]  # what a generation plays
+Script = Sequence[Sequence[Delta] | Exception | None]  # what a generation plays
 
 
 class FakeClients:

@@ -74,7 +74,7 @@ class EngineCore:
     # --- what arrives ---
 
     def submit(self, api_server: ApiServer, submit: Submit, now: float) -> None:
-        """Take one sequence in."""
+        """Queue one sequence."""
         self._recorder.accepted()
         request = RequestState(self._next_sequence_id, api_server, submit, now)
         self._next_sequence_id += 1

@@ -34,7 +34,7 @@ HOUSEKEEPING_S: Final = 1.0
 
 
 class EngineLoop:
-    """The loop's state; `turn` is one round."""
+    """Runs the engine: `turn` is one round of the loop."""
 
     def __init__(
         self,

@@ -99,7 +99,7 @@ def own_seed(config: EngineConfig) -> int:
 
 
 def _chosen_threads() -> int | None:
-    """What OMP_NUM_THREADS says, as everywhere."""
+    """The number of threads that OMP_NUM_THREADS asks for, if it does."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     return int(chosen) if chosen.isdigit() and int(chosen) else None
 

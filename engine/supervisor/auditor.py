@@ -61,7 +61,7 @@ def ready_incarnations(table: Deployment) -> Incarnations | None:
 
 
 class Books:
-    """The cells that findings go into."""
+    """The cells of the supervisor's tally that count findings."""
 
     def __init__(self, tally: Tally) -> None:
         layout = tally.layout
@@ -183,7 +183,7 @@ class _Tallies:
 
 
 class _Tally:
-    """One process index's file."""
+    """The tally file of one process index, as the auditor reads it."""
 
     def __init__(self, directory: str, role: str, index: int, layout: Layout) -> None:
         self.index = index

@@ -56,7 +56,7 @@ class DeploymentDirectory:
 
     @classmethod
     def create(cls, runtime: Path) -> DeploymentDirectory:
-        """Raises DirectoryError."""
+        """Make the directory, marked as ours; raises DirectoryError."""
         if len(f"{runtime}/12345678{LONGEST_SOCKET}".encode()) > MAX_SOCKET_PATH_BYTES:
             raise DirectoryError(f"runtime directory {runtime}: the path is too long for sockets in it")
         try:

@@ -122,7 +122,7 @@ class Supervision:
         return all(child.state == "ready" for child in self._children.values())
 
     def table(self) -> Deployment:
-        """What is published."""
+        """The deployment table to publish."""
         rows = (
             ProcessEntry(role=c.role, index=c.index, incarnation=c.incarnation, pid=c.pid, state=c.state)
             for c in self._children.values()
@@ -193,7 +193,7 @@ class Supervision:
         return self._stop(Exit(0), now, kill=self.is_stopping)
 
     def tick(self, now: float) -> list[Action]:
-        """What time alone brings."""
+        """Do what is due by time alone."""
         self._forgive(now)
         actions = self._advance(now)
         for child in self._children.values():

@@ -328,7 +328,7 @@ class Supervisor:
 
 
 def _make_auditor(config: DeploymentConfig, directory: DeploymentDirectory) -> Auditor:
-    """Raises StoreError."""
+    """Open the auditor's files; raises StoreError."""
     shape = Shape(
         num_engines=config.num_engines,
         num_api_servers=config.num_api_servers,

@@ -52,7 +52,7 @@ class ProcessEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """The whole table."""
+    """The whole deployment table."""
 
     version: Count
     facts: Facts | None
@@ -104,13 +104,13 @@ _REPORT: Final = kinds(Ready, Alive, Failed)
 
 
 def decode_deployment(raw: bytes) -> Deployment:
-    """Raises WireError."""
+    """Read a table; raises WireError."""
     table: Deployment = decode(raw, _TABLE)
     return table
 
 
 def decode_report(raw: bytes) -> Report:
-    """Raises WireError."""
+    """Read a child's report; raises WireError."""
     report: Report = decode(raw, _REPORT)
     return report
 

@@ -41,7 +41,7 @@ class Lifeline:
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
-        """Readable when the supervisor has ended."""
+        """The descriptor that becomes readable when the supervisor has ended."""
         return self._socket.fileno()
 
     def report(self, report: Report) -> bool:
@@ -71,7 +71,7 @@ class Lifeline:
             return True
 
     def close(self) -> None:
-        """The supervisor sees it as an end."""
+        """Close this end; the supervisor takes that for the process's end."""
         self._socket.close()
 
 

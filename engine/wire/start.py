@@ -51,7 +51,7 @@ class EngineConfig(ChildConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig(ChildConfig):
-    """One API server."""
+    """What one API server is told at its start."""
 
     http: HttpConfig
     port: Port  # the one that is listened on, where `http` may say 0
@@ -69,12 +69,12 @@ _SERVER: Final = kinds(ServerConfig)
 
 
 def decode_engine_config(raw: bytes) -> EngineConfig:
-    """Raises WireError."""
+    """Read an engine's start message; raises WireError."""
     config: EngineConfig = decode(raw, _ENGINE)
     return config
 
 
 def decode_server_config(raw: bytes) -> ServerConfig:
-    """Raises WireError."""
+    """Read an API server's start message; raises WireError."""
     config: ServerConfig = decode(raw, _SERVER)
     return config

@@ -11,33 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from engine.wire import Finish, Start, TokenLogprobs
+from engine.wire import Finish, TokenLogprobs
+from frontend.engines import Delta
 from frontend.errors import GenerationFailed
 from frontend.text import SequenceText
 
 
-class Delta(Protocol):
-    """New tokens of one of a generation's sequences."""
-
-    @property
-    def index(self) -> int: ...
-
-    @property
-    def token_ids(self) -> list[int]: ...
-
-    @property
-    def logprobs(self) -> list[TokenLogprobs] | None: ...
-
-    @property
-    def finish(self) -> Finish | None: ...
-
-    @property
-    def start(self) -> Start | None: ...
-
-
-class Generation(Protocol):
-    """One prompt's n sequences at an engine, and what is counted about them; `frontend.engines.engine_client` makes
-    these."""
+class TokenSource(Protocol):
+    """One prompt's n sequences, as an answer needs them: `frontend.engines.Generation`."""
 
     def listen(self, on_news: Callable[[], None]) -> None: ...
 
@@ -164,7 +145,7 @@ class Answer:
 
     def __init__(
         self,
-        generations: Sequence[Generation],
+        generations: Sequence[TokenSource],
         new_text: Callable[[], SequenceText],
         *,
         n: int,
@@ -213,7 +194,7 @@ class Answer:
                 pieces += [piece for choice in choices if (piece := choice.pop_piece()) is not None]
         return pieces
 
-    def _take(self, generation: Generation, choice: _Choice, delta: Delta) -> None:
+    def _take(self, generation: TokenSource, choice: _Choice, delta: Delta) -> None:
         if choice.is_finished:
             generation.undelivered(len(delta.token_ids), "stop")
             return

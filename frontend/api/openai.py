@@ -15,7 +15,7 @@ from typing import Any, Final, ParamSpec, Protocol, TypeVar
 
 from aiohttp import web
 
-from frontend.api.answer import Answer, Generation
+from frontend.api.answer import Answer, TokenSource
 from frontend.api.delivery import stream, whole
 from frontend.api.protocol import (
     ChatRequest,
@@ -50,7 +50,7 @@ class Clients(Protocol):
     def admit(self, num_sequences: int) -> None:
         """Raises EngineUnavailable, TooManyRequests where so many could not be submitted now."""
 
-    def submit(self, prompt_token_ids: list[int], asked: Asked) -> Generation:
+    def submit(self, prompt_token_ids: list[int], asked: Asked) -> TokenSource:
         """Raises EngineUnavailable, TooManyRequests."""
 
 
@@ -207,7 +207,7 @@ class OpenAIService:
             )
             for prompt in prompts
         ]
-        generations: list[Generation] = []
+        generations: list[TokenSource] = []
         try:
             for prompt, sampling in zip(prompts, samplings, strict=True):
                 asked = Asked(

@@ -28,7 +28,7 @@ class InFlight(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """None: no limit."""
+    """The limits on what may wait; None where there is none."""
 
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None

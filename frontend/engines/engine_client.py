@@ -72,7 +72,7 @@ class EngineConnection:
 
     @property
     def num_open(self) -> int:
-        """Sequences that run there for us."""
+        """How many of this API server's sequences the engine still owes outputs."""
         return len(self._open)
 
     def begin(self, generation: Generation) -> None:
@@ -85,11 +85,11 @@ class EngineConnection:
         return self._reader.can_send()
 
     def submit(self, message: Submit) -> bool:
-        """False when the engine takes no more."""
+        """Send one sequence; False when the engine takes no more."""
         return self._send(message)
 
     def abort(self, request_ids: Sequence[int], reason: str) -> None:
-        """At once; where the socket is full, as soon as it is not."""
+        """Tell the engine to end these, at once, or as soon as its socket is no longer full."""
         for request_id in request_ids:
             self._unwanted[request_id] = reason
         while len(self._unwanted) > MAX_UNWANTED:

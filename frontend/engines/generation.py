@@ -95,7 +95,7 @@ class SequenceState:
 
 
 def _nobody() -> None:
-    """Listens."""
+    """Stands for a listener while there is none."""
 
 
 class Generation:
@@ -268,7 +268,7 @@ class Generation:
         self._engine.forget(sequence.request_id)
 
     def _end_open(self, reason: str) -> bool:
-        """Whether there was any."""
+        """End every open sequence; returns whether there was any."""
         still_open = [sequence for sequence in self.sequences if sequence.reason is None]
         if still_open:
             undelivered = "disconnect" if reason == "abort" else "error"

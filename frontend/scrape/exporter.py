@@ -36,7 +36,7 @@ MAX_REMEMBERED: Final = 16  # P9: snapshots of an engine, to export what a slowe
 
 
 def boottime() -> float:
-    """The clock of leases."""
+    """Seconds of CLOCK_BOOTTIME, on which leases run."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -58,11 +58,11 @@ class EngineView:
 
     @property
     def grant(self) -> Grant | None:
-        """The newest one heard of."""
+        """The newest grant heard of."""
         return None if self.holder.snapshot is None else self.holder.snapshot.grant
 
     def on_snapshot(self, snapshot: Snapshot, now: float) -> bool:
-        """False when it is stale."""
+        """Keep the snapshot; False when it is older than the one held."""
         if not self.holder.on_snapshot(snapshot, now):
             return False
         self.heard_at = now
@@ -70,7 +70,7 @@ class EngineView:
         return True
 
     def snapshot_at(self, position: Position) -> Snapshot | None:
-        """None: not heard, or too long ago."""
+        """The snapshot at this position; None if it was not heard, or too long ago."""
         return next((snapshot for snapshot in reversed(self._latest) if snapshot.position == position), None)
 
 
@@ -162,7 +162,7 @@ class Exporter:
                     self._send(engine, encode(resignation))
 
     async def close(self) -> None:
-        """Resign first."""
+        """Resign every grant, then close."""
         self._beating.cancel()
         self._reader.close()
         for beat in self._beats:

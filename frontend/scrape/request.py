@@ -29,7 +29,7 @@ class ScrapeRequest:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of the answer."""
+        """Headers of the answer."""
         headers = {"Content-Type": self.form.content_type}
         return headers | {"Content-Encoding": "gzip"} if self.is_gzip else headers
 

@@ -99,7 +99,7 @@ class Processes:
         self._stack = self._stacks(tuple(is_alive.items()))
 
     def part(self) -> Part:
-        """The process series."""
+        """The process's series with their values."""
         return self._stack.part(self.tallies.cells, self.tallies.created_unix)
 
     def _make_stack(self, is_alive: tuple[tuple[int, bool], ...]) -> Stack:
@@ -293,7 +293,7 @@ class ScrapeResponder:
         return scrape_part([*up, *config], model_name=self._facts.model_name)
 
     def _alive(self) -> Incarnations:
-        """Which incarnations run."""
+        """The incarnations that run, by index."""
         table = self._table()
         if table is not None and table.version != self._alive_by:
             self._alive_by = table.version

@@ -42,7 +42,7 @@ class TooMuchError(jinja2.TemplateRuntimeError):
 
 
 class Budget:
-    """What is left for one rendering."""
+    """Counts what one rendering may still spend."""
 
     __slots__ = ("_characters", "_steps")
 
@@ -84,7 +84,7 @@ class Budget:
 
 
 def _extent(values: object) -> tuple[int, int]:
-    """(number of values, number of characters) within."""
+    """How many values and characters a value holds: (values, characters)."""
     num_values = num_characters = 0
     open_values = [values]
     while open_values:
@@ -164,7 +164,7 @@ def _longest(budget: Budget, name: str, value: Any, args: tuple[Any, ...]) -> in
 
 
 def _binop_cost(budget: Budget, operator: str, left: Any, right: Any) -> int:
-    """Characters that an operator makes at most."""
+    """How many characters an operator makes at most."""
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * (max(1, abs(right)) if operator == "**" else 1) + right.bit_length()
         if bits > _MAX_INT_BITS:

@@ -23,7 +23,7 @@ class Detokenizer:
         self._held = b""  # the beginning of a character
 
     def append(self, token_id: int) -> str:
-        """The characters that this token completes."""
+        """Add a token; returns the characters that it completes."""
         raw = self._held + self._token_bytes(token_id)
         text, num_decoded = utf_8_decode(raw, "replace")
         self._held = raw[num_decoded:]

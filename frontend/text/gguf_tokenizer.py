@@ -34,7 +34,7 @@ class TokenizerParts:
 
 
 def gguf_tokenizer(metadata: dict[str, Any]) -> TokenizerParts:
-    """Raises TokenizerError."""
+    """Build the tokenizer that a GGUF file describes; raises TokenizerError."""
     kind = metadata.get("tokenizer.ggml.model")
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     if not isinstance(kind, str) or kind not in makers:
@@ -51,7 +51,7 @@ def gguf_tokenizer(metadata: dict[str, Any]) -> TokenizerParts:
 
 
 class _Vocabulary:
-    """The token lists, checked."""
+    """The file's token lists, checked."""
 
     __slots__ = ("ids", "metadata", "tokens", "types")
 

@@ -88,7 +88,7 @@ class Telemetry:
             self._exporters.append(metrics)
 
     def tell(self, trace: Trace) -> None:
-        """One request is over. Blocks on nothing."""
+        """Record one request that is over. Blocks on nothing."""
         context = self._spans(trace)
         if self._histograms is not None:
             attributes: dict[str, Any] = {name: trace.attributes[name] for name in METRIC_ATTRIBUTES} | self._server
@@ -151,7 +151,7 @@ def _unix_ns(at: float, offset_ns: int) -> int:
 
 
 class _Histograms:
-    """The three of a generative AI server."""
+    """The three histograms that OpenTelemetry's conventions ask of a generative AI server."""
 
     def __init__(self, meters: MeterProvider) -> None:
         create = meters.get_meter("wholebatch").create_histogram
@@ -217,7 +217,7 @@ class _OnceAKind(logging.Filter):
 
 
 class _Spans(SpanExporter):
-    """An exporter whose failures are counted."""
+    """A span exporter whose failures are counted."""
 
     def __init__(self, inner: SpanExporter, faults: _Faults) -> None:
         self._inner = inner
@@ -234,7 +234,7 @@ class _Spans(SpanExporter):
 
 
 class _Metrics(MetricExporter):
-    """The same for metrics."""
+    """A metrics exporter whose failures are counted."""
 
     def __init__(self, inner: MetricExporter, faults: _Faults) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ class Kind(StrEnum):
 
 
 class Scope(StrEnum):
-    """Who counts it."""
+    """Which process counts a metric, and of what."""
 
     ENGINE = "engine"  # each engine; its exporter exports it
     REQUEST = "request"  # each API server; summed over them on the public port

@@ -130,7 +130,7 @@ def _burn(level: ServiceLevel, factor: float, long: str, short: str, severity: s
 
 
 def _plane() -> list[Alert]:
-    """The statistics themselves."""
+    """Alerts about the statistics plane itself."""
     return [
         Alert(
             name="WholebatchAuditViolated",

@@ -38,7 +38,7 @@ class StoreError(Exception):
 
 
 class Bank(NamedTuple):
-    """One commit."""
+    """One commit, as read from a file."""
 
     sequence: int
     incarnation: int
@@ -114,11 +114,11 @@ class Memory:
         return bytes(self._bytes[offset : offset + size])
 
     def head(self, offset: int) -> tuple[int, int, int]:
-        """Sequence, incarnation and CRC of a bank."""
+        """Read a bank's sequence, incarnation and CRC."""
         return _BANK.unpack_from(self._bytes, offset)
 
     def copy_into(self, buffer: memoryview, offset: int) -> None:
-        """As many bytes as the buffer has."""
+        """Copy as many bytes as the buffer has."""
         buffer[:] = self._bytes[offset : offset + len(buffer)]
 
     def release(self) -> None:
@@ -128,7 +128,7 @@ class Memory:
 
 
 def read_header(memory: Memory, layout: Layout) -> tuple[float, int]:
-    """(created_unix, CRC of the header); raises StoreError."""
+    """Read (created_unix, CRC of the header); raises StoreError."""
     header = memory.copy(0, _HEADER.size)
     return check_header(header, layout), zlib.crc32(header)
 

@@ -37,7 +37,7 @@ _UNIX: Final = np.dtype({"names": ["unix"], "formats": ["<f8"], "offsets": [ENTR
 
 
 class Origin(NamedTuple):
-    """The request that an observation is of."""
+    """The request that an observation was made of."""
 
     label: str  # one of LABELS
     id: str
@@ -67,7 +67,7 @@ class Entries:
         self._seed = zlib.crc32(layout.digest)
 
     def encode(self, cell: int, exemplar: Exemplar) -> bytes:
-        """The entry of a bucket."""
+        """Make the entry of a bucket."""
         label, identity = exemplar.origin
         content = _CONTENT.pack(LABELS.index(label), identity.encode("ascii"), exemplar.value, exemplar.unix)
         return _CRC.pack(zlib.crc32(content, self._seed ^ cell)) + content

@@ -26,7 +26,7 @@ IN_FLIGHT: Final = "wholebatch:api_server_requests_in_flight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessFigures:
-    """One process of the table."""
+    """What is shown of one process."""
 
     index: int
     state: str
@@ -38,7 +38,7 @@ class ProcessFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFigures:
-    """One engine."""
+    """What is shown of one engine."""
 
     process: ProcessFigures
     exporter: str  # who holds the grant, and its term
@@ -56,7 +56,7 @@ class EngineFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFigures:
-    """One API server, by its own admin port."""
+    """What is shown of one API server, by its own admin port."""
 
     process: ProcessFigures
     is_silent: bool  # its admin port takes connections and does not answer
@@ -181,7 +181,7 @@ def _latency(window: Window, what: str, name: str) -> LatencyFigures:
 
 
 def _by_label(window: Window, name: str, label: str, **labels: str) -> dict[str, float] | None:
-    """Increases summed by one label."""
+    """Sum a counter's increases by one label."""
     increases = window.increases(name, **labels)
     if increases is None:
         return None

@@ -46,7 +46,7 @@ OWN_NAMES: Final = (  # of an API server's admin port
 
 
 class Silence(Enum):
-    """Not an answer."""
+    """Stands for an address that takes connections and does not answer."""
 
     SILENT = auto()
 
@@ -60,7 +60,7 @@ class TopError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Everything that is read at once."""
+    """Everything that one refresh reads."""
 
     whole: Scrape
     own: Mapping[int, Scrape]
@@ -142,7 +142,7 @@ def figures(earlier: Look, later: Look) -> Figures:
 
 
 def look(url: str) -> Look:
-    """Raises TopError."""
+    """Read everything once; raises TopError."""
     try:
         table = json.loads(_get(f"{url}/deployment", TIMEOUT_S))
         whole = _scrape(f"{url}/metrics/engines", TIMEOUT_S)

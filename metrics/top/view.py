@@ -85,7 +85,7 @@ def seconds(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """In percent."""
+    """Write a share in percent."""
     return UNKNOWN if value is None else f"{value:.0%}"
 
 
@@ -97,7 +97,7 @@ def bar(value: float | None, width: int) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Each value against the greatest."""
+    """Draw each value against the greatest."""
     top = max(values, default=0.0)
     return "".join(LEVELS[round(value / top * 7)] if top else LEVELS[0] for value in values)
 
@@ -176,7 +176,7 @@ def _engine_pace(engines: Sequence[EngineFigures]) -> RenderableType:
 
 
 def _state_cells(e: EngineFigures) -> list[RenderableType]:
-    """In the order of STATE_COLUMNS."""
+    """An engine's cells, in the order of STATE_COLUMNS."""
     return [
         _state(e.process),
         number(e.running),
@@ -189,7 +189,7 @@ def _state_cells(e: EngineFigures) -> list[RenderableType]:
 
 
 def _pace_cells(e: EngineFigures) -> list[RenderableType]:
-    """In the order of PACE_COLUMNS."""
+    """An engine's cells, in the order of PACE_COLUMNS."""
     return [
         Text(number(e.generated_per_s), f"bold {ACCENT}"),
         number(e.iterations_per_s),

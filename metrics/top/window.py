@@ -37,7 +37,7 @@ class Scrape:
         return {have: value for have, value in self._by_name.get(name, {}).items() if wanted <= have}
 
     def total(self, name: str, labels: Iterable[tuple[str, str]] = ()) -> float | None:
-        """Their sum; None where there are none."""
+        """The sum of the samples selected; None where there are none."""
         selected = self.select(name, labels)
         return sum(selected.values()) if selected else None
 
@@ -65,11 +65,11 @@ class Window:
         return 0.0 if self.earlier is None else self.later.at - self.earlier.at
 
     def gauge(self, name: str, **labels: str) -> float | None:
-        """The later scrape's sum."""
+        """A gauge's sum in the later scrape."""
         return self.later.total(name, labels.items())
 
     def increases(self, name: str, **labels: str) -> dict[LabelSet, float] | None:
-        """By how much each series grew."""
+        """How much each series of a counter grew."""
         if self.earlier is None or not is_same_deployment(self.earlier, self.later):
             return None
         before, now = (scrape.select(name, labels.items()) for scrape in (self.earlier, self.later))
@@ -78,16 +78,16 @@ class Window:
         return {key: value - before[key] for key, value in now.items()}
 
     def increase(self, name: str, **labels: str) -> float | None:
-        """By how much they grew together."""
+        """How much a counter grew, its series together."""
         increases = self.increases(name, **labels)
         return None if increases is None else sum(increases.values())
 
     def rate(self, name: str, **labels: str) -> float | None:
-        """A second."""
+        """A counter's increase a second."""
         return divide(self.increase(name, **labels), self.seconds)
 
     def mean(self, histogram: str, **labels: str) -> float | None:
-        """Of what the histogram observed in between."""
+        """The mean of what the histogram observed in between."""
         return divide(self.increase(f"{histogram}_sum", **labels), self.increase(f"{histogram}_count", **labels))
 
     def buckets(self, histogram: str, **labels: str) -> list[Bucket]:

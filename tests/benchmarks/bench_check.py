@@ -64,7 +64,7 @@ def loop_us_each(results: dict[str, Any], running: int) -> float:
 
 
 def times_faster(rows: Sequence[dict[str, Any]], api_servers: int) -> float:
-    """A scrape than the multiprocess mode's."""
+    """How many times faster a scrape is than the multiprocess mode's."""
     return find(rows, "multiprocess_ms", api_servers=api_servers) / find(rows, "ms", api_servers=api_servers)
 
 

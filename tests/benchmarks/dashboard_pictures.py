@@ -195,7 +195,7 @@ DRAW: dict[str, Callable[[Axes, dict[str, Any], Sequence[Series]], None]] = {
 
 
 def in_unit(value: float, unit: str) -> str:
-    """A number as Grafana would write it, or nearly."""
+    """Write a number as Grafana would, or nearly."""
     if math.isinf(value):
         return "∞"
     if unit == "percentunit":
@@ -209,7 +209,7 @@ def in_unit(value: float, unit: str) -> str:
 
 
 def picture(server: Prometheus, name: str, start: float, end: float) -> Figure:
-    """One dashboard."""
+    """Draw one dashboard."""
     dashboard = json.loads((GRAFANA / "dashboards" / f"{name}.json").read_text())
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"]) + 2
     figure = plt.figure(figsize=(WIDTH_INCHES, height * ROW_INCHES), dpi=DPI)
@@ -234,14 +234,14 @@ def picture(server: Prometheus, name: str, start: float, end: float) -> Figure:
 
 
 def title_of(panel: dict[str, Any], engine: str) -> str:
-    """With the unit, where it is too long for an axis."""
+    """A panel's title, with the unit where that is too long for an axis."""
     unit = panel.get("fieldConfig", {}).get("defaults", {}).get("unit", "")
     suffix = f" ({unit.removeprefix('suffix: ')})" if unit.startswith("suffix: ") else ""
     return str(panel["title"]).replace("$engine", engine) + suffix
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As a small PNG: few colours are enough."""
+    """Write a small PNG: few colours are enough."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -154,7 +154,7 @@ class ApiServer:
         self._connection = http.client.HTTPConnection("127.0.0.1", listening.getsockname()[1], timeout=30)
 
     def get(self, path: str, **headers: str) -> bytes:
-        """The body of a 200."""
+        """Fetch a path; returns the body of a 200."""
         self._connection.request("GET", path, headers=headers)
         answer = self._connection.getresponse()
         body = answer.read()

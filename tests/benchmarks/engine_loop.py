@@ -30,7 +30,7 @@ SAMPLED = SampledToken(1, None)
 
 
 class InstantRunner:
-    """Token 1 for everybody, at once."""
+    """Returns token 1 for every sequence, at once."""
 
     def run(self, batch: Batch) -> list[SampledToken]:
         return [SAMPLED for part in batch.sequences if part.samples]

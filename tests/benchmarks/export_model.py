@@ -20,7 +20,7 @@ from tests.tiny_models import write_tiny_llama
 
 
 def save_tokenizer(directory: Path) -> Tokenizer:
-    """The default model's, with its chat template, out of the GGUF file."""
+    """Save the default model's tokenizer, with its chat template, out of the GGUF file."""
     from transformers import AutoTokenizer  # seconds, and only this needs it
 
     source = default_model.fetch()
@@ -29,7 +29,7 @@ def save_tokenizer(directory: Path) -> Tokenizer:
 
 
 def write_default_model(directory: Path) -> Path:
-    """The default model in float32."""
+    """Write the default model in float32."""
     export_gguf(default_model.fetch(), directory)
     save_tokenizer(directory)
     return directory

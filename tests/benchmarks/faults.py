@@ -93,7 +93,7 @@ def _greatest(seconds: Sequence[float], none: str) -> str:
 
 
 class Bench:
-    """The faults on one deployment."""
+    """Causes the faults on one deployment and watches what they do."""
 
     def __init__(self, deployment: Served) -> None:
         self._deployment = deployment
@@ -181,7 +181,7 @@ class Bench:
         return [engine for engine, grant in grants if grant is not None and grant["api_server"] == index]
 
     def _gaps(self, outcome: Outcome, engines: Sequence[int], began: float) -> None:
-        """Until each engine's series were there again, where any scrape was without them."""
+        """Seconds until each engine's series were there again, where any scrape was without them."""
         for engine in engines:
             back = wait_for(partial(_back_after_s, outcome, str(engine), began), "the series")[0]
             outcome.back_s += [back] if back else []

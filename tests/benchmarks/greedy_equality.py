@@ -28,7 +28,7 @@ Prompts = list[list[int]]
 
 
 def make_prompts(path: Path, count: int) -> Prompts:
-    """English, each beginning elsewhere, of lengths spread from 5 to 900 tokens."""
+    """Make English prompts, each beginning elsewhere, of lengths spread from 5 to 900 tokens."""
     from frontend.text.tokenizer import load_tokenizer
 
     words = load_tokenizer(str(path)).encode(" ".join(CORPUS * 60), add_special_tokens=False)

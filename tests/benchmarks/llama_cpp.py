@@ -71,7 +71,7 @@ class Context:
 
 
 def measure(context: Context, num_sequences: int, seed: int) -> dict[str, float]:
-    """One round."""
+    """Measure one round."""
     source = random.Random(seed)
     prompts = [[source.randrange(300, 40_000) for _ in range(PROMPT_TOKENS)] for _ in range(num_sequences)]
     queue = [

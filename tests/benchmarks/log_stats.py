@@ -28,7 +28,7 @@ WARM_UP_TOKENS = 50
 
 
 class Round(NamedTuple):
-    """One load on one side."""
+    """The figures of one load on one side."""
 
     tokens_per_s: float
     engine_us: float  # of processor time, a token
@@ -49,7 +49,7 @@ def measure(deployment: Served, sequences: int, tokens: int, seed: int) -> Round
 
 
 def one_start(sequences: int, tokens: int, num_rounds: int, order: random.Random) -> Rounds:
-    """All sides, started anew."""
+    """Start all sides anew and measure them in turns."""
     rounds: Rounds = []
     with ExitStack() as stack:
         deployments = {}

@@ -42,7 +42,7 @@ def load(path: str, quantization: Literal["int8"] | None, num_sequences: int) ->
 
 
 def sequence(number: int, start: int, num_tokens: int) -> ScheduledSequence:
-    """Whatever tokens, in blocks of its own."""
+    """Make a sequence of arbitrary tokens, in blocks of its own."""
     length = start + num_tokens
     first = number * -(-(CONTEXT + 8) // 16)
     return ScheduledSequence(
@@ -67,7 +67,7 @@ def step_ms(runner: TorchRunner, batch: Batch) -> float:
 
 
 def shares(runner: TorchRunner, batch: Batch) -> dict[str, float]:
-    """Of the time of one step, by kind."""
+    """Which shares of one step's time each kind of operation takes."""
     profiler = cProfile.Profile()
     profiler.runcall(runner.run, batch)
     calls = pstats.Stats(profiler)

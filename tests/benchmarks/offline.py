@@ -38,7 +38,7 @@ TEMPERATURE = 0.6
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One sequence of the workload."""
+    """One sequence that the workload asks for."""
 
     prompt: list[int]
     max_tokens: int

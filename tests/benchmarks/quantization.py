@@ -43,7 +43,7 @@ def load(path: str, quantization: str | None) -> LlamaModel:
 
 
 def logits_of(model: LlamaModel, tokens: list[int]) -> torch.Tensor:
-    """Of every position: (num_tokens, vocab)."""
+    """The logits of every position: (num_tokens, vocab)."""
     spec, length = model.spec, len(tokens)
     blocks = list(range(-(-length // BLOCK_SIZE)))
     batch = FlatBatch(query_starts=[0, length], lengths=[length], block_tables=[blocks])

@@ -28,7 +28,7 @@ ROUNDS_AN_ENGINE = 5  # engines load torch: they are in every fifth round
 
 
 def state(deployment: Served, supervisor: psutil.Process, restarts: int) -> dict[str, object]:
-    """What could have grown."""
+    """Read everything that could have grown."""
     samples = deployment.balanced_metrics()
     paths = [path for path in deployment.runtime_directory.rglob("*") if path.is_file() or path.is_socket()]
     return {

@@ -22,7 +22,7 @@ REPEATS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Measured, on all cores."""
+    """A machine's limits, measured on all cores."""
 
     flops: float  # floating-point operations a second in float32 products of the model's shapes
     bytes_per_s: float  # read from memory

@@ -79,7 +79,7 @@ def median_ms(action: Callable[[], bytes], pace_s: float, seconds: float = 2.0) 
 
 
 def theirs(num_servers: int, num_engines: int) -> dict[str, float]:
-    """The multiprocess mode with the same series."""
+    """Measure the multiprocess mode with the same series."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
         environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": directory}
         command = [sys.executable, "-m", "tests.benchmarks.scrape", "--fill", str(num_engines)]

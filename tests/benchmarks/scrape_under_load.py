@@ -56,7 +56,7 @@ def scraped(url: str) -> Iterator[list[float]]:
 
 
 def phase(url: str, seed: int, streams: int, tokens: int) -> dict[str, float]:
-    """Milliseconds between a stream's tokens."""
+    """Load the deployment; returns the milliseconds between a stream's tokens."""
     prompts = random_prompts(streams, PROMPT_TOKENS, seed, vocab=500)
     load = run_load(url, "m", prompts, tokens, streams)
     gaps = spread([gap * 1e3 for answer in load.answers for gap in answer.gaps_s])

@@ -54,7 +54,7 @@ def quantile_ms(seconds: Sequence[float], quantile: float) -> float:
 
 
 def figures(load: Load) -> dict[str, float]:
-    """What is said of one round."""
+    """Work out what is said of one round."""
     gaps = [gap for answer in load.answers for gap in answer.gaps_s] or [0.0]
     return {
         "tokens_per_s": load.tokens_per_s,
@@ -70,7 +70,7 @@ def num_requests(concurrency: int, most: int) -> int:
 
 
 def add_side_arguments(parser: argparse.ArgumentParser) -> None:
-    """Who is compared with whom."""
+    """Declare the flags that say who is compared with whom."""
     parser.add_argument("--url", help="our server, if it runs already (default: one is started)")
     parser.add_argument("--compare-own", help="start ours once more, with other flags, in one argument")
     parser.add_argument("--compare-url", help="the other side, if it runs already")
@@ -217,7 +217,7 @@ def main() -> None:
 
 
 def show(rows: Sequence[dict[str, Any]], costs: Sequence[dict[str, Any]], machine: roofline.Machine) -> None:
-    """The tables."""
+    """Print the tables."""
     table(
         "Median of rounds",
         ("side", "concurrency", *(title for title, _ in COLUMNS.values())),

@@ -58,7 +58,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a whole load was answered."""
+    """The answers to a whole load."""
 
     elapsed_s: float
     client_cpu_s: float
@@ -120,7 +120,7 @@ def make_answer(began: float, times: Sequence[float], received: Sequence[bytes])
 
 
 def make_request(url: str, body: dict[str, object]) -> bytes:
-    """The bytes of one POST."""
+    """Make the bytes of one POST."""
     content = json.dumps(body).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n"

@@ -35,7 +35,7 @@ NUM_ITERATIONS = 2000
 
 
 class InstantRunner:
-    """Token 1 for everybody, at once."""
+    """Returns token 1 for every sequence, at once."""
 
     def run(self, batch: Batch) -> list[SampledToken]:
         return [SampledToken(1, None)] * sum(part.samples for part in batch.sequences)

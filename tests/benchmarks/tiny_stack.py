@@ -43,7 +43,7 @@ def num_iterations(side: Side) -> float:
 
 
 def measure(side: Side, concurrency: int, seed: int) -> dict[str, float]:
-    """One round."""
+    """Measure one round."""
     prompts = random_prompts(2 * concurrency, PROMPT_TOKENS, seed)
     iterations, before = num_iterations(side), side.cpu_s()
     load = run_load(side.url, side.model, prompts, OUTPUT_TOKENS, concurrency)

@@ -23,7 +23,7 @@ NAME = "vllm:iteration_tokens_total"
 
 
 def measure(model: Path, servers: int, num_requests: int) -> dict[str, float]:
-    """One deployment, one load."""
+    """Measure one load on one deployment."""
     with tempfile.TemporaryDirectory() as directory:
         os.environ["WHOLEBATCH_PARTIAL_DIR"] = directory
         flags = ("--api-server-count", str(servers), "--enable-logging-iteration-details")

@@ -49,7 +49,7 @@ def exp(x: np.float32) -> np.float32:
 
 
 def gather(kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Keys and values of some blocks, in order: (2, num_kv_heads, positions, head_dim)."""
+    """Copy keys and values of some blocks, in order, to (2, num_kv_heads, positions, head_dim)."""
     _, block_size, _, num_kv_heads, head_dim = kv_cache.shape
     parts = kv_cache.index_select(0, blocks).view(len(blocks), 2, num_kv_heads, -1)
     keys = parts[:, 0].unflatten(-1, (head_dim, block_size)).permute(1, 0, 3, 2)

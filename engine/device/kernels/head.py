@@ -29,7 +29,7 @@ _LEAST = np.int16(-(2**15))
 
 
 class Head(Protocol):
-    """Of one model."""
+    """One model's output head."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, hidden) to (rows, vocab), float32."""
@@ -47,7 +47,7 @@ def make_head(weight: torch.Tensor, product: Product, quantization: str | None) 
 
 
 class PlainHead:
-    """By way of all logits."""
+    """Finds the best token by computing all logits."""
 
     def __init__(self, product: Product) -> None:
         self._product = product
@@ -102,7 +102,7 @@ def _longest(rows: torch.Tensor) -> float:
 
 @numba.njit(inline="always")
 def _to_float(bits: np.int16) -> np.float64:
-    """What a bfloat16's bits stand for."""
+    """Turn a bfloat16's bits into the float32 of the same value."""
     return np.float64(np.int32(np.int32(bits) << np.int32(16)).view(np.float32))
 
 

@@ -36,7 +36,7 @@ class Linear(Protocol):
     """One matrix, and its bias if it has one."""
 
     def __call__(self, x: Array) -> Array:
-        """(rows, inputs) to (rows, outputs)."""
+        """Multiply (rows, inputs) into (rows, outputs)."""
 
 
 class Kernels(Protocol):
@@ -46,13 +46,13 @@ class Kernels(Protocol):
         """A tensor on this device as an array; they share their memory."""
 
     def tensor(self, array: Array) -> torch.Tensor:
-        """The reverse."""
+        """An array of this device as a tensor; they share their memory."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None) -> Linear:
         """The product with `weight` (outputs, inputs), held as it is fastest."""
 
     def plan(self, batch: FlatBatch, block_size: int) -> Any:
-        """Whatever `attention` wants to know of the batch; opaque to the caller."""
+        """Work out what `attention` needs to know of the batch; opaque to the caller."""
 
     def rotate_and_store(
         self, qkv: Array, num_heads: int, cos: Array, sin: Array, kv_cache: Array, slots: Array

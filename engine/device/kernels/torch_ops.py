@@ -42,7 +42,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class TorchPlan:
-    """How one batch is attended."""
+    """Which sequences of one batch are attended together, and what each group reads."""
 
     groups: list[_DecodeGroup]
     chunks: list[Chunk]
@@ -175,8 +175,8 @@ def attend_chunks(
     kv_cache: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Into their rows of `out` (num_tokens, num_heads * head_dim). `gather` gives the keys and values of some blocks of
-    the cache, (2, num_kv_heads, positions, head_dim)."""
+    """Attend each chunk and write its rows of `out` (num_tokens, num_heads * head_dim). `gather` gives the keys and
+    values of some blocks of the cache, (2, num_kv_heads, positions, head_dim)."""
     for chunk in chunks:
         rows = slice(chunk.start, chunk.end)
         q = qkv[rows, : out.shape[1]].view(chunk.end - chunk.start, num_heads, -1)
@@ -188,7 +188,7 @@ def attend_chunks(
 
 
 def _attend_chunk(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Many queries of one sequence, (rows, num_heads, head_dim), over `kv` (2, num_kv_heads, positions, head_dim)."""
+    """Attend queries of one sequence, (rows, num_heads, head_dim), over `kv` (2, num_kv_heads, positions, head_dim)."""
     queries = q.transpose(0, 1).unsqueeze(0)
     out = F.scaled_dot_product_attention(
         queries,
@@ -202,7 +202,7 @@ def _attend_chunk(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) 
 
 
 def gather(kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Keys and values of some blocks, in order: (2, num_kv_heads, positions, head_dim)."""
+    """Copy keys and values of some blocks, in order, to (2, num_kv_heads, positions, head_dim)."""
     num_kv_heads, head_dim = kv_cache.shape[3:]
     return kv_cache.index_select(0, blocks).view(-1, 2, num_kv_heads, head_dim).permute(1, 2, 0, 3)
 

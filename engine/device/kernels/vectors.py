@@ -50,7 +50,7 @@ class Product:
 
     @property
     def lanes(self) -> int:
-        """Of a vector: as many as divide the width."""
+        """How many lanes a vector has: as many as divide the width."""
         return next(count for count in (16, 8, 4, 2, 1) if count <= LANES and self.width % count == 0)
 
     def column_groups(self) -> list[range]:
@@ -140,7 +140,7 @@ class _Block:
                 builder.store(builder.load(total), target, align=4)
 
     def _step(self, k: Any, x: tuple[Any, Any], panel: tuple[Any, Any]) -> None:
-        """One number of each row times one line of the panel."""
+        """Multiply one number of each row by one line of the panel."""
         builder, lanes = self._builder, self._product.lanes
         address, ahead = panel
         weights = []
@@ -168,17 +168,17 @@ class _Block:
 
 
 def of_floats(builder: ir.IRBuilder, total: Any, number: Any, weight: Any) -> Any:
-    """One product in every lane."""
+    """Add one product in every lane."""
     return builder.fadd(total, builder.fmul(number, weight, flags=["contract"]), flags=["contract"])
 
 
 def of_int8_at_once(builder: ir.IRBuilder, total: Any, number: Any, weight: Any) -> Any:
-    """Four products of a uint8 and an int8 in every lane, by the one instruction for it (AVX-512 VNNI)."""
+    """Add four products of a uint8 and an int8 in every lane, by the one instruction for it (AVX-512 VNNI)."""
     return _call(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, total, number, weight)
 
 
 def of_int8_in_pairs(builder: ir.IRBuilder, total: Any, number: Any, weight: Any) -> Any:
-    """The same by AVX2: sums of two products in 16 bits, then of two such sums.
+    """Do the same by AVX2: sums of two products in 16 bits, then of two such sums.
 
     Exact for numbers up to 127 only: 2 * 127 * 127 < 2^15 <= 2 * 128 * 127; greater sums would saturate.
     """

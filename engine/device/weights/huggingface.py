@@ -137,7 +137,7 @@ def _family(values: Values) -> Family:
 
 
 def _rope(values: Values, head_dim: int) -> tuple[float, tuple[float, ...] | None]:
-    """Base and divisors. Newer files hold both in `rope_parameters`, older ones apart."""
+    """The rotary embedding's base and divisors. Newer files hold both in `rope_parameters`, older ones apart."""
     scaling = values.inner("rope_parameters") or values.inner("rope_scaling") or Values(values.source, {})
     theta = scaling.real("rope_theta", "rope_theta", values.real("rope_theta", "rope_theta", 10000.0))
     partial = scaling.real("partial_rotary_factor", "partial_rotary_factor", 1.0)
@@ -162,6 +162,6 @@ def _sliding_window(values: Values, family: Family) -> int | None:
 
 
 def _more_end_tokens(directory: Path) -> frozenset[int]:
-    """Those that only generation_config.json names, if there is one."""
+    """End tokens that only generation_config.json names, if there is one."""
     path = directory / "generation_config.json"
     return Values(str(path), _read_json(path)).token_ids("eos_token_id") if path.exists() else frozenset()

@@ -39,7 +39,7 @@ class RotatedCheckpoint:
 
     @cached_property
     def _basis(self) -> torch.Tensor:
-        """Made after a first tensor was read, whose shape proves the hidden size that the file states."""
+        """The basis; made after a first tensor was read, whose shape proves the hidden size that the file states."""
         return cosine_basis(self.spec.hidden_size)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -72,12 +72,12 @@ class Checkpoint(Protocol):
 
 
 def linear_divisors(factor: float, head_dim: int) -> tuple[float, ...]:
-    """Divisors that draw all positions closer together by one factor."""
+    """The divisors that draw all positions closer together by one factor."""
     return (factor,) * (head_dim // 2)
 
 
 def llama3_divisors(scaling: Values, theta: float, head_dim: int) -> tuple[float, ...]:
-    """Low frequencies divided by `factor`, high ones kept, those between blended.
+    """The divisors that lower low frequencies by `factor`, keep high ones and blend those between.
 
     Source: `Llama3` rotary scaling as published with Llama 3.1.
     """

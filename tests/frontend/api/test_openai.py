@@ -25,7 +25,7 @@ from frontend.api.openai import OpenAIService, routes
 from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests, error_middleware
 from frontend.routes import mount
 from frontend.text.detokenizer import SequenceText, Stops, StopStrings
-from tests.fakes import FakeClients, FakeDelta, FakeGeneration, fake_finish, fake_start
+from tests.fakes import FakeClients, FakeGeneration, fake_delta, fake_finish, fake_start
 from tests.frontend.small_tokenizers import END, START, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
@@ -36,7 +36,7 @@ STOP, LENGTH = fake_finish("stop"), fake_finish("length")
 
 def says(text: str, *, reason: str = "length", index: int = 0, cached: int = 0) -> Script:
     """A token a wake-up, each a byte; the last with the finish."""
-    deltas = [FakeDelta(index, [byte]) for byte in text.encode()]
+    deltas = [fake_delta(index, [byte]) for byte in text.encode()]
     deltas[0].start = fake_start(num_cached_tokens=cached)
     deltas[-1].finish = fake_finish(reason)
     return [[delta] for delta in deltas]
@@ -153,8 +153,8 @@ async def test_a_chat():
 
 
 async def test_many_prompts_are_as_many_requests_with_choices_in_order():
-    first = [[FakeDelta(1, [ord("b")], finish=LENGTH)], [FakeDelta(0, [ord("a")], finish=LENGTH)]]
-    second = [[FakeDelta(0, [ord("c")], finish=LENGTH), FakeDelta(1, [ord("d")], finish=LENGTH)]]
+    first = [[fake_delta(1, [ord("b")], finish=LENGTH)], [fake_delta(0, [ord("a")], finish=LENGTH)]]
+    second = [[fake_delta(0, [ord("c")], finish=LENGTH), fake_delta(1, [ord("d")], finish=LENGTH)]]
     clients = FakeClients(first, second)
     answer = await post(clients, COMPLETIONS, prompt=["x", [1, 2]], n=2, max_tokens=1)
     assert [(c["index"], c["text"]) for c in answer["choices"]] == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
@@ -165,14 +165,14 @@ async def test_many_prompts_are_as_many_requests_with_choices_in_order():
 
 async def test_echo_repeats_the_prompt_once_a_choice():
     clients = FakeClients(
-        [[FakeDelta(0, [ord("x"), ord("y")], finish=LENGTH), FakeDelta(1, [ord("z")], finish=LENGTH)]]
+        [[fake_delta(0, [ord("x"), ord("y")], finish=LENGTH), fake_delta(1, [ord("z")], finish=LENGTH)]]
     )
     answer = await post(clients, COMPLETIONS, prompt=list(b"ab"), n=2, echo=True, max_tokens=2)
     assert [c["text"] for c in answer["choices"]] == ["abxy", "abz"]
 
 
 async def test_special_tokens_are_shown_where_asked_for():
-    script = [[FakeDelta(0, [ord("a"), START, ord("b"), END], finish=STOP)]]
+    script = [[fake_delta(0, [ord("a"), START, ord("b"), END], finish=STOP)]]
     assert (await post(FakeClients(script), COMPLETIONS, prompt="x"))["choices"][0]["text"] == "ab"
     shown = await post(FakeClients(script), COMPLETIONS, prompt="x", skip_special_tokens=False)
     assert shown["choices"][0]["text"] == "a<start>b"
@@ -196,7 +196,7 @@ LOGPROBS = [
 
 
 async def test_logprobs_of_a_completion():
-    clients = FakeClients([[FakeDelta(0, list(b"ae"), LOGPROBS, LENGTH)]])
+    clients = FakeClients([[fake_delta(0, list(b"ae"), LOGPROBS, LENGTH)]])
     answer = await post(clients, COMPLETIONS, prompt="x", logprobs=2)
     assert answer["choices"][0]["logprobs"] == {
         "tokens": ["a", "e"],
@@ -207,7 +207,7 @@ async def test_logprobs_of_a_completion():
 
 
 async def test_logprobs_of_a_chat_have_bytes():
-    clients = FakeClients([[FakeDelta(0, list("é".encode()), LOGPROBS, LENGTH)]])
+    clients = FakeClients([[fake_delta(0, list("é".encode()), LOGPROBS, LENGTH)]])
     answer = await post(clients, CHAT, messages=MESSAGES, logprobs=True, top_logprobs=2)
     content = answer["choices"][0]["logprobs"]["content"]
     assert [(token["token"], token["bytes"], token["logprob"]) for token in content] == [
@@ -221,7 +221,7 @@ async def test_logprobs_of_a_chat_have_bytes():
 
 
 async def test_logprobs_of_held_back_tokens_come_with_the_next_text():
-    deltas = [FakeDelta(0, [byte], [logprob]) for byte, logprob in zip("é".encode(), LOGPROBS, strict=True)]
+    deltas = [fake_delta(0, [byte], [logprob]) for byte, logprob in zip("é".encode(), LOGPROBS, strict=True)]
     deltas[1].finish = LENGTH
     chunks = await stream(FakeClients([[delta] for delta in deltas]), COMPLETIONS, prompt="x", logprobs=2)
     assert [chunk["choices"][0]["logprobs"]["token_logprobs"] for chunk in chunks[:-1]] == [[-0.5, -2.0]]
@@ -270,9 +270,9 @@ async def test_streams_of_many_prompts_are_told_apart():
 async def test_what_arrives_together_is_written_together(monkeypatch: pytest.MonkeyPatch):
     writes = written(monkeypatch)
     script = [
-        [FakeDelta(i, [ord("a"), ord("b")]) for i in range(3)],
-        [FakeDelta(i, [ord("c")]) for i in range(3)],
-        [FakeDelta(i, [1], finish=STOP) for i in range(3)],
+        [fake_delta(i, [ord("a"), ord("b")]) for i in range(3)],
+        [fake_delta(i, [ord("c")]) for i in range(3)],
+        [fake_delta(i, [1], finish=STOP) for i in range(3)],
     ]
     await stream(FakeClients(script), COMPLETIONS, prompt="x", n=3)
     assert [data.count(b"data: ") for data in writes if b"data: " in data] == [3, 3, 4]
@@ -304,8 +304,8 @@ async def test_a_client_without_chunks_is_streamed_to():
 
 async def test_a_client_that_does_not_read_holds_its_own_answer_up_and_gets_all_of_it_later():
     num, size = 250, 5_000
-    script = [[FakeDelta(0, [START] * size)] for _ in range(num)]
-    clients = FakeClients([*script, [FakeDelta(0, [ord("z")], finish=LENGTH)]])
+    script = [[fake_delta(0, [START] * size)] for _ in range(num)]
+    clients = FakeClients([*script, [fake_delta(0, [ord("z")], finish=LENGTH)]])
     async with serving(clients) as http:
         reader, writer = await ask_raw(http, "1.1")
         async with asyncio.timeout(20):
@@ -328,7 +328,7 @@ async def test_a_client_that_does_not_read_holds_its_own_answer_up_and_gets_all_
 @pytest.mark.parametrize("batch", [1, 2, 7])
 async def test_a_stop_string_ends_the_answer_and_the_engines_work(batch: int):
     tokens = list(b"one END two")
-    script: Script = [[FakeDelta(0, tokens[at : at + batch])] for at in range(0, len(tokens), batch)]
+    script: Script = [[fake_delta(0, tokens[at : at + batch])] for at in range(0, len(tokens), batch)]
     script[0][0].start = fake_start(num_cached_tokens=1)
     clients = FakeClients([*script, None])  # the engine would go on for ever
     answer = await post(clients, COMPLETIONS, prompt="x", stop=["END"])
@@ -343,8 +343,8 @@ async def test_a_stop_string_ends_the_answer_and_the_engines_work(batch: int):
 
 async def test_a_stop_string_ends_one_sequence_of_several():
     script = [
-        [FakeDelta(0, list(b"a.")), FakeDelta(1, list(b"b"))],
-        [FakeDelta(0, list(b"late")), FakeDelta(1, list(b"c"), finish=LENGTH)],
+        [fake_delta(0, list(b"a.")), fake_delta(1, list(b"b"))],
+        [fake_delta(0, list(b"late")), fake_delta(1, list(b"c"), finish=LENGTH)],
     ]
     clients = FakeClients(script)
     answer = await post(clients, COMPLETIONS, prompt="x", n=2, stop=".")
@@ -369,8 +369,8 @@ def test_every_token_is_delivered_or_past_the_stop(wakeups: list[list[int]], sto
     def given_logprobs(tokens: list[int]) -> list[TokenLogprobs] | None:
         return [TokenLogprobs(-1.0, 1, ())] * len(tokens) if logprobs else None
 
-    script = [[FakeDelta(0, tokens, given_logprobs(tokens))] for tokens in wakeups]
-    script.append([FakeDelta(0, [ord("z")], given_logprobs([1]), LENGTH)])
+    script = [[fake_delta(0, tokens, given_logprobs(tokens))] for tokens in wakeups]
+    script.append([fake_delta(0, [ord("z")], given_logprobs([1]), LENGTH)])
     generation = FakeGeneration(script)
 
     async def run() -> list[Piece]:
@@ -416,7 +416,7 @@ async def test_tokens_are_counted_and_committed_before_they_are_written(streams:
 
 
 async def test_a_client_that_goes_away_ends_the_request():
-    clients = FakeClients([[FakeDelta(0, [ord("a")])], None])
+    clients = FakeClients([[fake_delta(0, [ord("a")])], None])
     async with serving(clients) as http:
         answer = await http.post(COMPLETIONS, json={"prompt": "x", "stream": True})
         assert await answer.content.readline()
@@ -463,7 +463,7 @@ async def test_an_engine_lost_before_the_first_word_is_an_honest_status(streams:
 
 
 async def test_an_engine_lost_in_a_stream_is_an_event_and_the_end():
-    clients = FakeClients([[FakeDelta(0, [ord("a")])], EngineLost("engine 0 ended")])
+    clients = FakeClients([[fake_delta(0, [ord("a")])], EngineLost("engine 0 ended")])
     chunks = await stream(clients, COMPLETIONS, prompt="x")
     assert texts(chunks[:1]) == ["a"]
     assert [chunk["error"]["message"] for chunk in chunks[1:]] == ["engine 0 ended"]
@@ -471,14 +471,14 @@ async def test_an_engine_lost_in_a_stream_is_an_event_and_the_end():
 
 
 async def test_a_sequence_that_faults_in_a_stream_is_an_event_and_the_end():
-    fault = FakeDelta(0, [], finish=fake_finish("error", message="no token can be sampled"))
-    chunks = await stream(FakeClients([[FakeDelta(0, [ord("a")])], [fault]]), COMPLETIONS, prompt="x")
+    fault = fake_delta(0, [], finish=fake_finish("error", message="no token can be sampled"))
+    chunks = await stream(FakeClients([[fake_delta(0, [ord("a")])], [fault]]), COMPLETIONS, prompt="x")
     assert texts(chunks[:1]) == ["a"]
     assert [chunk["error"]["message"] for chunk in chunks[1:]] == ["no token can be sampled"]
 
 
 async def test_an_engine_that_gives_a_request_up_is_an_error_not_an_answer():
-    script = [[FakeDelta(0, [], finish=fake_finish("error", message="the KV cache is too small"))]]
+    script = [[fake_delta(0, [], finish=fake_finish("error", message="the KV cache is too small"))]]
     answer = await post(FakeClients(script), COMPLETIONS, 503, prompt="x")
     assert answer["error"]["message"] == "the KV cache is too small"
 
@@ -551,7 +551,7 @@ async def official_client(clients: FakeClients) -> AsyncIterator[openai.AsyncOpe
 
 
 async def test_the_official_client_is_served():
-    logprobs = [[FakeDelta(0, list(b"ae"), LOGPROBS, LENGTH)]]
+    logprobs = [[fake_delta(0, list(b"ae"), LOGPROBS, LENGTH)]]
     clients = FakeClients(says("hello"), says("hi", cached=3), logprobs, logprobs)
     async with official_client(clients) as client:
         completion = await client.completions.create(model="tiny", prompt="x", max_tokens=5)
@@ -594,7 +594,7 @@ async def test_the_official_client_streams():
 
 
 async def test_the_official_client_meets_its_own_errors():
-    lost: Script = [[FakeDelta(0, [ord("a")])], EngineLost("engine 0 ended")]
+    lost: Script = [[fake_delta(0, [ord("a")])], EngineLost("engine 0 ended")]
     clients = FakeClients(EngineUnavailable("none is ready"), lost)
     async with official_client(clients) as client:
         with pytest.raises(openai.NotFoundError, match="gpt-5"):
