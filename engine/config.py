@@ -111,6 +111,26 @@ class HttpConfig:
             metavar="PORT",
         ),
     ] = 0
+    max_connections: Annotated[
+        Positive,
+        Flag(
+            "connections of an API server; for one more, the one that has waited longest for a request is closed, and"
+            " where all are at work the answer is 503 (default: %(default)s)"
+        ),
+    ] = 4096
+    head_timeout_s: Annotated[
+        float,
+        seconds(0.1),
+        Flag(
+            "how long a connection may take to send a request's head, idle ones too (default: %(default)s)",
+            name="--http-head-timeout",
+        ),
+    ] = 120.0
+    body_timeout_s: Annotated[
+        float,
+        seconds(0.1),
+        Flag("and then its body; what takes longer gets a 408 (default: %(default)s)", name="--http-body-timeout"),
+    ] = 60.0
     # None: no limit
     max_num_queued_reqs: Annotated[
         Positive | None, Flag("refuse requests beyond so many sequences in the deployment")

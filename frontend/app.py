@@ -26,7 +26,8 @@ from aiohttp import web
 
 from engine.wire import Deployment, ServerConfig
 from frontend import api
-from frontend.counters import UNROUTED, HTTPAnswer
+from frontend.connections import Connections, connection_limit, receiving
+from frontend.counters import OTHER, UNROUTED, HTTPAnswer
 from frontend.deployment_view import DeploymentView
 from frontend.errors import ApiError, EngineUnavailable, NotFound, Unauthorized, error_middleware
 from frontend.routes import Handler, Route, mount, route_of, status_route
@@ -52,10 +53,14 @@ class State:
     services: Services | None = None
     is_draining: bool = False
     answered: asyncio.Event = field(default_factory=asyncio.Event)  # set while no request is open
+    connections: Connections = field(init=False)
+    admin_connections: Connections = field(init=False)
     _num_open: int = 0
 
     def __post_init__(self) -> None:
         self.answered.set()
+        limit = connection_limit(self.config.http)
+        self.connections, self.admin_connections = Connections(limit), Connections(limit)
 
     def opened(self) -> None:
         """A request has come."""
@@ -67,6 +72,13 @@ class State:
         self._num_open -= 1
         if not self._num_open:
             self.answered.set()
+
+    def refused(self, status: int) -> None:
+        """Something was answered that is no request, or that nobody reads."""
+        if self.services is not None:
+            answer = HTTPAnswer(method=OTHER, handler=UNROUTED, status=status, seconds=0.0)
+            self.services.record.answered(answer)
+            self.services.group.soon()
 
     def ready(self) -> Services:
         """Raises EngineUnavailable while there is nothing to serve with."""
@@ -83,7 +95,13 @@ class State:
 
 def public_app(state: State) -> web.Application:
     """What clients and scrapers of the deployment use."""
-    middlewares = [_http_metrics(state), error_middleware, _authentication(state.config.http.api_keys)]
+    http = state.config.http
+    middlewares = [
+        _http_metrics(state),
+        error_middleware,
+        _authentication(http.api_keys),
+        receiving(state.connections, http.body_timeout_s),
+    ]
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     mount(app, [*api.routes(lambda: state.ready().openai), *StatusRoutes(state).public()])
     app.on_response_prepare.append(_load_report(state))
@@ -92,7 +110,8 @@ def public_app(state: State) -> web.Application:
 
 def admin_app(state: State) -> web.Application:
     """What speaks of this process."""
-    app = web.Application(middlewares=[error_middleware])
+    receive = receiving(state.admin_connections, state.config.http.body_timeout_s)
+    app = web.Application(middlewares=[error_middleware, receive])
     mount(app, StatusRoutes(state).admin())
     return app
 

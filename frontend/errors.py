@@ -55,10 +55,25 @@ class NotFound(ApiError):
     type = "invalid_request_error"
 
 
+class RequestTimeout(ApiError):
+    """The request did not come in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    headers: ClassVar[dict[str, str]] = {"Connection": "close"}
+
+
 class UnsupportedMediaType(ApiError):
     """The body is not in a form that the server reads."""
 
     status = 415
+    type = "invalid_request_error"
+
+
+class HeadTooLarge(ApiError):
+    """A line of the request's head is too long."""
+
+    status = 431
     type = "invalid_request_error"
 
 
@@ -102,7 +117,8 @@ def error_response(error: ApiError) -> web.Response:
     return web.json_response(error_body(error), status=error.status, headers=error.headers)
 
 
-def _from_http(error: web.HTTPException, request: web.Request) -> web.Response:
+def http_error_response(error: web.HTTPException, request: web.BaseRequest) -> web.Response:
+    """An error of the HTTP library in our shape."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         message = f"the request's body is too large: {error.text}"
@@ -123,7 +139,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        return _from_http(error, request)
+        return http_error_response(error, request)
     except ConnectionError:
         raise  # the client is gone: there is nobody to answer
     except Exception:  # the bulkhead between one request's fault and the server

@@ -12,14 +12,12 @@ import asyncio
 import gc
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 import setproctitle
 import zmq
-from aiohttp import web
 
 from engine.wire import (
     STOP_SIGNAL,
@@ -35,10 +33,10 @@ from engine.wire import (
     obey_the_supervisor_alone,
 )
 from frontend.app import State, admin_app, public_app
+from frontend.connections import CANCEL_S, Listener
 from frontend.deployment_view import DeploymentView
 from frontend.services import Services
 from frontend.text import Tokenizer, TokenizerError, load_tokenizer
-from metrics.bulkhead import FaultLog
 from metrics.files import StoreError
 
 try:
@@ -49,8 +47,6 @@ except ImportError:  # not on this platform
 log = logging.getLogger("frontend.server")
 
 ALIVE_S: Final = 0.5
-BACKLOG: Final = 1024
-CANCEL_S: Final = 2.0  # for requests that are cut off at the end of the drain
 
 
 class Server:
@@ -62,6 +58,9 @@ class Server:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._view = DeploymentView(self._context, config.directory)
         self._state = State(config, self._view)
+        state, head_timeout_s = self._state, config.http.head_timeout_s
+        self._public = Listener(public_app(state), state.connections, head_timeout_s, state.refused)
+        self._admin = Listener(admin_app(state), state.admin_connections, head_timeout_s, state.refused)
         self._stopping = asyncio.Event()
         self._progress = 0
 
@@ -71,11 +70,8 @@ class Server:
         loop.add_signal_handler(STOP_SIGNAL, self._stopping.set)
         loop.add_reader(self._lifeline.fileno(), self._on_lifeline)
         alive = asyncio.create_task(self._report_alive())
-        public, admin = _runner(public_app(self._state)), _runner(admin_app(self._state))
         try:
-            await admin.setup()
-            await public.setup()
-            await self._serve(public, admin)
+            await self._serve()
             return 0
         except TokenizerError as error:
             log.error("event=start_failed error=%r", str(error))
@@ -87,26 +83,26 @@ class Server:
             self._lifeline.report(Failed(message=str(error)))
             return 1
         finally:
-            await self._end(public, admin)
+            await self._end()
             alive.cancel()
 
-    async def _serve(self, public: web.AppRunner, admin: web.AppRunner) -> None:
+    async def _serve(self) -> None:
         """Accept from the start while the deployment itself starts, with an honest 503; but a restarted API server
         accepts only once it can serve, since others can serve meanwhile."""
         if not await asyncio.to_thread(os.path.isdir, self._config.directory):
             raise StoreError(f"the deployment's directory is gone: {self._config.directory}")
-        await _site(admin, self._config.admin_fd)
+        await self._admin.start(self._config.admin_fd)
         table = await self._until(self._next_table(lambda table: True))
         is_accepting = table is not None and table.facts is None
         if is_accepting:
-            await _site(public, self._config.listen_fd)
+            await self._public.start(self._config.listen_fd)
         tokenizer = await asyncio.to_thread(load_tokenizer, self._config.model.path)
         table = await self._until(self._next_table(lambda table: table.facts is not None))
         if table is None or table.facts is None:
             return
         self._begin(table.facts, tokenizer)
         if not is_accepting:
-            await _site(public, self._config.listen_fd)
+            await self._public.start(self._config.listen_fd)
         gc.collect()
         gc.freeze()  # Measured: 11.9 µs a streamed token, 12.5 when collections walk all that starting made
         self._lifeline.report(Ready())
@@ -139,22 +135,21 @@ class Server:
             task.cancel()
         return waiting.result() if waiting in done else None
 
-    async def _end(self, public: web.AppRunner, admin: web.AppRunner) -> None:
+    async def _end(self) -> None:
         """Rights first, so that another exports at once; then the requests; then everything else."""
         log.info("event=stopping drain_timeout_s=%s", self._config.patience.drain_timeout_s)
         services = self._state.services
         if services is not None:
             services.exporter.resign()
         self._state.is_draining = True
-        for site in list(public.sites):
-            await site.stop()
+        self._public.stop()
         if services is not None and not await self._are_answered(self._config.patience.drain_timeout_s):
             services.clients.close()  # what is still open ends with an error, in streams with an event
             await self._are_answered(CANCEL_S)
-        await public.cleanup()
+        await self._public.close()
         if services is not None:
             await services.close()
-        await admin.cleanup()
+        await self._admin.close()
         self._view.close()
         self._context.destroy(linger=0)
         log.info("event=stopped")
@@ -178,48 +173,6 @@ class Server:
     def _on_lifeline(self) -> None:
         if self._lifeline.is_severed():
             os._exit(1)  # the supervisor is gone; what was counted is committed
-
-
-class _WithoutContents(logging.Filter):
-    """What the HTTP library says of a request that is none: once a kind, by its kind alone. A traceback would show
-    what was sent, a key in a broken header too, and as often as anybody likes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._faults = FaultLog(log)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        kind = record.levelname if error is None else type(error).__name__
-        self._faults.once(kind, f"event=bad_http kind={kind} further=silent")
-        return False
-
-
-def _http_log() -> logging.Logger:
-    made = logging.getLogger("frontend.server.http")
-    made.filters = [_WithoutContents()]
-    return made
-
-
-def _runner(app: web.Application) -> web.AppRunner:
-    # handler_cancellation: a client that has gone cancels its handler, which aborts its sequences.
-    # auto_decompress: a body of 1 MB that holds 1 GB would stop the event loop for seconds, whoever reads it or not.
-    return web.AppRunner(
-        app,
-        auto_decompress=False,
-        handler_cancellation=True,
-        access_log=None,
-        logger=_http_log(),
-        shutdown_timeout=CANCEL_S,
-        handle_signals=False,
-    )
-
-
-async def _site(runner: web.AppRunner, descriptor: int) -> None:
-    """Serve the listening socket that was inherited."""
-    listening = socket.socket(fileno=descriptor)
-    listening.setblocking(False)
-    await web.SockSite(runner, listening, backlog=BACKLOG).start()
 
 
 def _read_config(descriptor: int) -> ServerConfig:

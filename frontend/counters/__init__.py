@@ -8,6 +8,7 @@ from __future__ import annotations
 from frontend.counters.group_commit import GroupCommit
 from frontend.counters.request_record import (
     OBSERVED_REASONS,
+    OTHER,
     REASON_ORDER,
     UNROUTED,
     EndedRequest,
@@ -20,6 +21,7 @@ from frontend.counters.request_record import (
 
 __all__ = [
     "OBSERVED_REASONS",
+    "OTHER",
     "REASON_ORDER",
     "UNROUTED",
     "EndedRequest",
