@@ -111,8 +111,6 @@ def receiving(connections: Connections, body_timeout_s: float) -> Any:
                     await request.read()  # which keeps it for the handler
             except TimeoutError:
                 raise RequestTimeout(f"the request's body did not come within {body_timeout_s:g} s") from None
-            except web.RequestPayloadError:
-                raise BadRequest("the request's body is not encoded as its head says") from None
         with connections.at_work(request.protocol):
             return await handler(request)
 

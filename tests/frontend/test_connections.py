@@ -167,8 +167,8 @@ async def test_a_body_that_does_not_come_in_time_gets_a_408_and_is_counted(deplo
     assert total(samples, "http_requests_total", handler="/v1/completions", status="4xx") == 1
 
 
-async def test_a_body_in_chunks_that_are_none_is_a_400(deploy: Any):
-    node = await one(deploy)
+async def test_a_body_in_chunks_that_are_none_is_a_body_that_does_not_come(deploy: Any):
+    node = await one(deploy, body_timeout_s=0.2)
     async with listening(node) as connect:
         client = await connect()
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -176,7 +176,7 @@ async def test_a_body_in_chunks_that_are_none_is_a_400(deploy: Any):
         assert b"100 Continue" in await client.reader.readuntil(b"\r\n\r\n")
         await client.says(b"5\r\n{    \r\nno chunk\r\n")
         status, _, body = await client.hears()
-    assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+    assert (status, body["error"]["type"]) == (408, "invalid_request_error")
 
 
 NO_HTTP = {
