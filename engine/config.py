@@ -103,6 +103,19 @@ class HttpConfig:
     api_keys: Annotated[tuple[str, ...], Flag(_KEY_HELP, name="--api-key", metavar="KEY")] = field(
         default=(), repr=False
     )
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Flag(
+            "pages of these origins may use the API in a browser; `*`: all (default: none). These three take words, or"
+            " a JSON list as vLLM's do",
+            metavar="ORIGIN",
+        ),
+    ] = ()
+    allowed_methods: Annotated[
+        tuple[str, ...], Flag("and these methods (default: those of the path)", metavar="METHOD")
+    ] = ("*",)
+    allowed_headers: Annotated[tuple[str, ...], Flag("and these headers (default: all)", metavar="HEADER")] = ("*",)
+    allow_credentials: Annotated[bool, Flag("and cookies; needs origins by name (default: no)")] = False
     admin_host: Annotated[str, Flag("address of the admin ports (default: %(default)s)")] = "127.0.0.1"
     admin_port: Annotated[
         Port,

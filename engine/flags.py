@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from engine import default_model
 from engine.config import API_KEY_VARIABLE, DeploymentConfig
@@ -52,6 +53,8 @@ def parse(arguments: list[str], environment: dict[str, str]) -> DeploymentConfig
     found["runtime_directory"] = str(Path(found["runtime_directory"] or default_runtime_directory()).absolute())
     # Stripped: a key that was read from a file ends with a line end, which no header can hold.
     found["http.api_keys"] = [key.strip() for key in (*found["http.api_keys"], *_keys(environment))]
+    for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+        found[f"http.{name}"] = _listed(f"--{name.replace('_', '-')}", found[f"http.{name}"])
     config = make(DeploymentConfig, found)
     _check(config)
     return config
@@ -69,6 +72,8 @@ def _check(config: DeploymentConfig) -> None:
         raise FlagError(f"--admin-port {http.admin_port} and the {config.num_api_servers - 1} after it go beyond 65535")
     if "" in http.api_keys:
         raise FlagError("--api-key: an empty key lets everybody in")
+    if http.allow_credentials and "*" in http.allowed_origins:
+        raise FlagError("--allow-credentials: browsers want origins by name then, not --allowed-origins *")
     if stats.is_traced and not _has_otlp():
         raise FlagError("--otlp-traces-endpoint and --otlp-metrics-endpoint need: pip install 'wholebatch[otel]'")
     if stats.publish_interval_s * 4 > stats.lease_s:
@@ -85,6 +90,20 @@ def _keys(environment: dict[str, str]) -> list[str]:
         return [text(key)] if key else []
     except UnicodeEncodeError as error:
         raise FlagError(f"{API_KEY_VARIABLE} is not UTF-8") from error
+
+
+def _listed(flag: str, words: list[str]) -> list[str]:
+    """Words that an HTTP header can hold, given one by one or as a JSON list."""
+    found: list[Any] = []
+    for word in words:
+        try:
+            found += json.loads(word) if word.startswith("[") else [word]
+        except ValueError as error:
+            raise FlagError(f"{flag} {word!r}: not a JSON list: {error}") from error
+    for word in found:
+        if not (isinstance(word, str) and word and word.isascii() and word.isprintable()):
+            raise FlagError(f"{flag}: {word!r} cannot be said in a header")
+    return found
 
 
 def _has_otlp() -> bool:

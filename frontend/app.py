@@ -27,6 +27,7 @@ from aiohttp import web
 from engine.wire import Deployment, ServerConfig
 from frontend import api
 from frontend.connections import Connections, connection_limit, receiving
+from frontend.cors import Cors
 from frontend.counters import OTHER, UNROUTED, HTTPAnswer
 from frontend.deployment_view import DeploymentView
 from frontend.errors import ApiError, EngineUnavailable, NotFound, Unauthorized, error_middleware
@@ -96,15 +97,23 @@ class State:
 def public_app(state: State) -> web.Application:
     """What clients and scrapers of the deployment use."""
     http = state.config.http
+    cors = Cors(
+        origins=http.allowed_origins,
+        methods=http.allowed_methods,
+        headers=http.allowed_headers,
+        allows_credentials=http.allow_credentials,
+    )
     middlewares = [
         _http_metrics(state),
         error_middleware,
+        _options(cors),
         _authentication(http.api_keys),
         receiving(state.connections, http.body_timeout_s),
     ]
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     mount(app, [*api.routes(lambda: state.ready().openai), *StatusRoutes(state).public()])
     app.on_response_prepare.append(_load_report(state))
+    app.on_response_prepare.append(_add_cors(cors))
     return app
 
 
@@ -248,6 +257,27 @@ def _load_report(state: State) -> Any:
             response.headers[ORCA_RESPONSE_HEADER] = report
 
     return add
+
+
+def _add_cors(cors: Cors) -> Any:
+    async def add(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.extend(cors.of_answer(request.headers))
+
+    return add
+
+
+def _options(cors: Cors) -> Any:
+    """Answers OPTIONS of every path that there is, before a key is asked for: browsers send none with it."""
+
+    @web.middleware
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        unmatched = request.match_info.http_exception
+        if request.method != "OPTIONS" or not isinstance(unmatched, web.HTTPMethodNotAllowed):
+            return await handler(request)
+        methods = ", ".join(sorted(unmatched.allowed_methods))
+        return web.Response(status=204, headers={"Allow": methods, **cors.of_preflight(request.headers, methods)})
+
+    return answer
 
 
 def _version() -> str:

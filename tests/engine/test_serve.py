@@ -58,13 +58,17 @@ def test_every_flag_reaches_its_configuration(model: Path):
         *("--kv-cache-memory-bytes", "2Gi", "--no-enable-prefix-caching", "--no-enable-chunked-prefill"),
         *("--dtype", "float32", "--seed", "7", "--disable-log-stats", "--lease", "2", "--publish-interval", "0.1"),
         *("--drain-timeout", "3", "--freeze-timeout", "4", "--stall-timeout", "5", "--device", "cpu"),
-        *("--quantization", "int8"),
+        *("--quantization", "int8", "--allowed-methods", "GET", "--allowed-headers", "a", "b", "--allow-credentials"),
+        *("--max-connections", "9", "--http-head-timeout", "8", "--http-body-timeout", "7"),
         *("--custom-histogram-buckets", '{"iteration_tokens": [1, 64]}', "--latency-buckets", "fine"),
         *("--long-prefill-token-threshold", "16", "--enable-logging-iteration-details", "--api-key", "k1", "k2"),
         key="k3",
     )
     assert config.model.served_model_names == ("a", "b")
     assert (config.http.host, config.http.port, config.http.api_keys) == ("::1", 0, ("k1", "k2", "k3"))
+    assert (config.http.allowed_methods, config.http.allowed_headers) == (("GET",), ("a", "b"))
+    assert config.http.allow_credentials
+    assert (config.http.max_connections, config.http.head_timeout_s, config.http.body_timeout_s) == (9, 8, 7)
     assert (config.model.max_model_len, config.model.dtype, config.model.seed) == (128, "float32", 7)
     assert config.model.quantization == "int8"
     assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (4, 32)
@@ -99,6 +103,13 @@ BAD = {
     "an endless drain": (["--drain-timeout", "inf"], "inf"),
     "a freeze shorter than reports are apart": (["--freeze-timeout", "0.5"], "0.5"),
     "too many processes": (["-asc", "257"], "257"),
+    "origins that are no list": (["--allowed-origins", '["a'], "--allowed-origins"),
+    "an origin that is no text": (["--allowed-origins", "[1]"], "--allowed-origins: 1"),
+    "a header of two lines": (["--allowed-headers", "a\nb"], "--allowed-headers"),
+    "cookies for all": (["--allowed-origins", "*", "--allow-credentials"], "--allow-credentials"),
+    "no connection": (["--max-connections", "0"], "0"),
+    "no time for a head": (["--http-head-timeout", "0"], "0"),
+    "an endless body": (["--http-body-timeout", "inf"], "inf"),
     "an empty key": (["--api-key", ""], "--api-key"),
     "no name": (["--served-model-name", ""], "--served-model-name"),
     "a name of two lines": (["--served-model-name", "a\nb"], "--served-model-name"),
@@ -116,6 +127,12 @@ def test_a_wrong_flag_is_named(model: Path, case: str):
         parsed(model, *flags)
     assert word in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_origins_are_words_or_a_json_list(model: Path):
+    for said in (["http://a", "http://b"], ['["http://a", "http://b"]'], ["http://a", '["http://b"]']):
+        assert parsed(model, "--allowed-origins", *said).http.allowed_origins == ("http://a", "http://b")
+    assert parsed(model).http.allowed_origins == ()
 
 
 def test_a_key_from_a_file_loses_its_line_end(model: Path):

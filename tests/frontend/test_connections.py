@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from engine.wire import HttpConfig
 from frontend.app import public_app
-from frontend.connections import Connections, Listener
+from frontend.connections import Connections, Listener, connection_limit
 from tests.frontend.deployments import Node, engine_of, one, total
 
 
@@ -274,9 +276,6 @@ async def test_a_refused_client_that_says_nothing_is_closed(deploy: Any):
 
 
 def test_the_limit_leaves_descriptors_for_all_else(monkeypatch):
-    from engine.wire import HttpConfig
-    from frontend import connections
-
-    monkeypatch.setattr(connections.resource, "getrlimit", lambda which: (1000, 1000))
-    assert connections.connection_limit(HttpConfig(max_connections=4096)) == 750
-    assert connections.connection_limit(HttpConfig(max_connections=10)) == 10
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1000, 1000))
+    assert connection_limit(HttpConfig(max_connections=4096)) == 750
+    assert connection_limit(HttpConfig(max_connections=10)) == 10
