@@ -144,6 +144,12 @@ class HttpConfig:
         seconds(0.1),
         Flag("and then its body; what takes longer gets a 408 (default: %(default)s)", name="--http-body-timeout"),
     ] = 60.0
+    enable_request_id_headers: Annotated[
+        bool, Flag("an X-Request-ID in every answer (default: only where the request has one)")
+    ] = False
+    enable_force_include_usage: Annotated[
+        bool, Flag("streams end with their numbers of tokens, asked for or not (default: no)")
+    ] = False
     # None: no limit
     max_num_queued_reqs: Annotated[
         Positive | None, Flag("refuse requests beyond so many sequences in the deployment")

@@ -27,11 +27,12 @@ from aiohttp import web
 from engine.wire import Deployment, ServerConfig
 from frontend import api
 from frontend.connections import Connections, connection_limit, receiving
+from frontend.context import REQUEST_ID_HEADER
 from frontend.cors import Cors
 from frontend.counters import OTHER, UNROUTED, HTTPAnswer
 from frontend.deployment_view import DeploymentView
 from frontend.errors import ApiError, EngineUnavailable, NotFound, Unauthorized, error_middleware
-from frontend.routes import Handler, Route, mount, route_of, status_route
+from frontend.routes import Handler, Route, mount, request_id, route_of, status_route
 from frontend.scrape import OWN_PATH, PROCESSES_PATH, ScrapeRequest, scrape_request, targets
 from frontend.services import Services
 from metrics.catalogue import API_SERVER
@@ -114,6 +115,7 @@ def public_app(state: State) -> web.Application:
     mount(app, [*api.routes(lambda: state.ready().openai), *StatusRoutes(state).public()])
     app.on_response_prepare.append(_load_report(state))
     app.on_response_prepare.append(_add_cors(cors))
+    app.on_response_prepare.append(_add_request_id(http.enable_request_id_headers))
     return app
 
 
@@ -262,6 +264,16 @@ def _load_report(state: State) -> Any:
 def _add_cors(cors: Cors) -> Any:
     async def add(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.extend(cors.of_answer(request.headers))
+
+    return add
+
+
+def _add_request_id(to_all: bool) -> Any:
+    """Names the request in its answer, where the client has named it or the operator wants it."""
+
+    async def add(request: web.Request, response: web.StreamResponse) -> None:
+        if to_all or request.headers.get(REQUEST_ID_HEADER) == request_id(request):
+            response.headers[REQUEST_ID_HEADER] = request_id(request)
 
     return add
 

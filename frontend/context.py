@@ -12,7 +12,11 @@ from typing import Final
 
 from metrics.files import Origin
 
+REQUEST_ID_HEADER: Final = "X-Request-ID"
 TRACE_HEADERS: Final = ("traceparent", "tracestate")
+
+# Of a client's id for its request: it becomes part of the answer's, of traces and of exemplars.
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/=+@~-]{1,64}")
 
 # Source: https://www.w3.org/TR/trace-context/#traceparent-header. Version 00 ends with the flags, a later one need not.
 _TRACEPARENT: Final = re.compile(
@@ -34,6 +38,11 @@ class RequestContext:
     def origin(self) -> Origin:
         """What an exemplar names: the trace that the client sent the request in, or else the answer."""
         return origin_of(self.trace_headers.get("traceparent", ""), self.response_id)
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a client's id is short and plain enough to be passed on."""
+    return _REQUEST_ID.fullmatch(text) is not None
 
 
 def origin_of(traceparent: str, response_id: str) -> Origin:

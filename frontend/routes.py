@@ -6,12 +6,14 @@ entry for the label of its counters, the key it needs, the operation that traces
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from aiohttp import web
 
+from frontend.context import REQUEST_ID_HEADER, is_request_id
 from metrics.catalogue import HANDLERS
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -51,3 +53,14 @@ def mount(app: web.Application, routes: Iterable[Route]) -> None:
 def route_of(request: web.Request) -> Route | None:
     """The entry that this request is for; None where there is none, or not with this method."""
     return request.app[_ROUTES].get(request.match_info.route)
+
+
+_REQUEST_ID: Final = web.RequestKey("request_id", str)
+
+
+def request_id(request: web.Request) -> str:
+    """The client's own, as vLLM takes it, or else one that is made up once for each request."""
+    if _REQUEST_ID not in request:
+        given = request.headers.get(REQUEST_ID_HEADER, "")
+        request[_REQUEST_ID] = given if is_request_id(given) else uuid.uuid4().hex
+    return request[_REQUEST_ID]

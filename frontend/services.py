@@ -152,6 +152,7 @@ class Services:
             served_model_names=config.model.served_model_names,
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
+            always_usage=config.http.enable_force_include_usage,
         )
 
     def _make_admission(self, config: ServerConfig) -> Admission:

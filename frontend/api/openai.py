@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
 from typing import Any, Final, ParamSpec, Protocol, TypeVar
@@ -31,7 +30,7 @@ from frontend.context import TRACE_HEADERS, RequestContext
 from frontend.counters import GroupCommit
 from frontend.engines import Asked
 from frontend.errors import ApiError, BadRequest, NotFound, UnsupportedMediaType
-from frontend.routes import Handler, Route, route_of
+from frontend.routes import Handler, Route, request_id, route_of
 from frontend.text import ChatTemplateError, SequenceText, Stops, StopStrings, Tokenizer
 
 # More is read, rendered and tokenised in a thread. Measured: 0.7 to 8 µs a character of text, 14 µs a message.
@@ -57,7 +56,7 @@ class Clients(Protocol):
 class OpenAIService:
     """One model behind the OpenAI API. `vocab_size` is the model's, which may be padded beyond the tokenizer's."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         clients: Clients,
@@ -66,6 +65,7 @@ class OpenAIService:
         served_model_names: Sequence[str],
         max_model_len: int,
         vocab_size: int,
+        always_usage: bool = False,
         created_unix: int | None = None,
     ) -> None:
         self._clients = clients
@@ -74,6 +74,7 @@ class OpenAIService:
         self._names = tuple(served_model_names)
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
+        self._always_usage = always_usage
         self._working_aside = asyncio.Semaphore(MAX_ASIDE)
         self._created_unix = int(time.time()) if created_unix is None else created_unix
 
@@ -86,7 +87,7 @@ class OpenAIService:
         prompts = await self._token_ids(request.prompt, request)
         echoes = [self._prompt_text(prompt, request) for prompt in request.prompt] if request.echo else []
         reply = CompletionReply(
-            **_heading(context, request),
+            **self._heading(context, request),
             token_bytes=self._tokenizer.token_bytes,
             n=request.n,
             echoes=echoes,
@@ -102,7 +103,7 @@ class OpenAIService:
         context = self._context(http, request, "chatcmpl", arrived_at)
         conversation = await self._aside(is_long, self._conversation, request)
         prompts = await self._token_ids([conversation], request)
-        reply = ChatReply(**_heading(context, request), token_bytes=self._tokenizer.token_bytes)
+        reply = ChatReply(**self._heading(context, request), token_bytes=self._tokenizer.token_bytes)
         return await self._answer(http, request, prompts, reply, context)
 
     async def models(self, http: web.Request) -> web.StreamResponse:
@@ -124,6 +125,24 @@ class OpenAIService:
             "root": name,
             "parent": None,
             "max_model_len": self._max_model_len,
+            "permission": [self._permission(name)],
+        }
+
+    def _permission(self, name: str) -> dict[str, Any]:
+        """As vLLM says it; nothing reads more of it than that it is there."""
+        return {
+            "id": f"modelperm-{name}",
+            "object": "model_permission",
+            "created": self._created_unix,
+            "allow_create_engine": False,
+            "allow_sampling": True,
+            "allow_logprobs": True,
+            "allow_search_indices": False,
+            "allow_view": True,
+            "allow_fine_tuning": False,
+            "organization": "*",
+            "group": None,
+            "is_blocking": False,
         }
 
     def _known(self, name: str) -> str:
@@ -139,7 +158,7 @@ class OpenAIService:
         return RequestContext(
             operation="" if route is None else route.operation,
             model=self._model(request),
-            response_id=f"{prefix}-{uuid.uuid4().hex}",
+            response_id=f"{prefix}-{request_id(http)}",
             arrived_at=arrived_at,
             trace_headers={name: http.headers[name] for name in TRACE_HEADERS if name in http.headers},
         )
@@ -192,6 +211,19 @@ class OpenAIService:
         return self._tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens)
 
     # --- what is answered ---
+
+    def _has_usage(self, request: GenerationRequest) -> bool:
+        """Whether a stream ends with how many tokens there were."""
+        return self._always_usage or request.stream_options.include_usage
+
+    def _heading(self, context: RequestContext, request: GenerationRequest) -> dict[str, Any]:
+        """What every object of the answer says of itself."""
+        return {
+            "id": context.response_id,
+            "created": int(time.time()),
+            "model": context.model,
+            "has_usage": self._has_usage(request),
+        }
 
     async def _answer(
         self,
@@ -255,16 +287,6 @@ async def read_json(http: web.Request) -> bytes:
     if http.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("a compressed body is not read: send it as it is, without Content-Encoding")
     return await http.read()
-
-
-def _heading(context: RequestContext, request: GenerationRequest) -> dict[str, Any]:
-    """What every object of the answer says of itself."""
-    return {
-        "id": context.response_id,
-        "created": int(time.time()),
-        "model": context.model,
-        "has_usage": request.stream_options.include_usage,
-    }
 
 
 def routes(service: Callable[[], OpenAIService]) -> list[Route]:

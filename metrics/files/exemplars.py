@@ -7,7 +7,7 @@ that it does not matter who answers (P5). There is one entry a bucket, for as lo
     offset  0   CRC, of what follows and of which bucket of which layout the entry is
             4   index in LABELS
             5   id, ASCII, padded with zeros
-           48   value, time
+          112   value, time
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FAMILIES: Final = (
     "vllm:e2e_request_latency_seconds",
 )
 LABELS: Final = ("trace_id", "request_id")
-ID_BYTES: Final = 43
+ID_BYTES: Final = 107  # of an answer's id with a client's in it; an entry fills two cache lines
 
 _CRC: Final = struct.Struct("<I")
 _CONTENT: Final = struct.Struct(f"<B{ID_BYTES}sdd")

@@ -60,6 +60,7 @@ def test_every_flag_reaches_its_configuration(model: Path):
         *("--drain-timeout", "3", "--freeze-timeout", "4", "--stall-timeout", "5", "--device", "cpu"),
         *("--quantization", "int8", "--allowed-methods", "GET", "--allowed-headers", "a", "b", "--allow-credentials"),
         *("--max-connections", "9", "--http-head-timeout", "8", "--http-body-timeout", "7"),
+        *("--enable-request-id-headers", "--enable-force-include-usage"),
         *("--custom-histogram-buckets", '{"iteration_tokens": [1, 64]}', "--latency-buckets", "fine"),
         *("--long-prefill-token-threshold", "16", "--enable-logging-iteration-details", "--api-key", "k1", "k2"),
         key="k3",
@@ -68,6 +69,8 @@ def test_every_flag_reaches_its_configuration(model: Path):
     assert (config.http.host, config.http.port, config.http.api_keys) == ("::1", 0, ("k1", "k2", "k3"))
     assert (config.http.allowed_methods, config.http.allowed_headers) == (("GET",), ("a", "b"))
     assert config.http.allow_credentials
+    assert config.http.enable_request_id_headers
+    assert config.http.enable_force_include_usage
     assert (config.http.max_connections, config.http.head_timeout_s, config.http.body_timeout_s) == (9, 8, 7)
     assert (config.model.max_model_len, config.model.dtype, config.model.seed) == (128, "float32", 7)
     assert config.model.quantization == "int8"

@@ -229,3 +229,45 @@ async def test_an_engine_that_ends_midway_is_an_honest_503(deploy: Any):
     assert total(samples, "vllm:request_success_total", finished_reason="error") == 1
     received = total(samples, "wholebatch:received_tokens_total")
     assert received == total(samples, "wholebatch:undelivered_tokens_total", reason="error")
+
+
+GIVEN = "req_0af7651916cd43dd8448eb211c80319c/1"
+
+
+async def test_a_clients_request_id_is_in_the_answers_id_and_comes_back(deploy: Any):
+    node = await one(deploy)
+    async with engine_of(node) as engine:
+        asking = asyncio.create_task(
+            ask(node, "POST", "/v1/completions", json=COMPLETION, headers={"X-Request-ID": GIVEN})
+        )
+        (submit,) = await engine.receive_submits(1)
+        await engine.send(output(submit, 0, [ord("h")], finish()))
+        status, body, headers = await asking
+        assert (status, body["id"], headers["X-Request-ID"]) == (200, f"cmpl-{GIVEN}", GIVEN)
+        exemplars = (await node.get("/metrics", accept="application/openmetrics-text"))[1]
+    assert f'request_id="cmpl-{GIVEN}"' in exemplars
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, "two words", 'quo"te', "ünicode"])
+async def test_a_request_id_that_is_long_or_odd_is_not_passed_on(deploy: Any, given: str):
+    node = await one(deploy)
+    _, _, headers = await ask(node, "GET", "/v1/models", headers={"X-Request-ID": given})
+    assert "X-Request-ID" not in headers
+
+
+async def test_every_answer_has_a_request_id_where_the_operator_wants_it(deploy: Any):
+    node = await one(deploy, enable_request_id_headers=True)
+    ids = {(await ask(node, "GET", path))[2]["X-Request-ID"] for path in ("/v1/models", "/v1/models", "/nothing")}
+    assert len(ids) == 3
+    assert "X-Request-ID" not in (await ask(await one(deploy), "GET", "/v1/models"))[2]
+
+
+@pytest.mark.parametrize("is_forced", [True, False])
+async def test_streams_end_with_their_usage_where_the_operator_wants_it(deploy: Any, is_forced: bool):
+    node = await one(deploy, enable_force_include_usage=is_forced)
+    async with engine_of(node) as engine:
+        asking = asyncio.create_task(ask(node, "POST", "/v1/completions", json=COMPLETION | {"stream": True}))
+        (submit,) = await engine.receive_submits(1)
+        await engine.send(output(submit, 0, [ord("h")], finish()))
+        _, events, _ = await asking
+    assert ('"completion_tokens":1,' in events) == is_forced

@@ -538,6 +538,22 @@ async def test_models_are_listed_by_every_name():
             "root": "tiny",
             "parent": None,
             "max_model_len": 64,
+            "permission": [
+                {
+                    "id": "modelperm-tiny",
+                    "object": "model_permission",
+                    "created": 1,
+                    "allow_create_engine": False,
+                    "allow_sampling": True,
+                    "allow_logprobs": True,
+                    "allow_search_indices": False,
+                    "allow_view": True,
+                    "allow_fine_tuning": False,
+                    "organization": "*",
+                    "group": None,
+                    "is_blocking": False,
+                }
+            ],
         }
         assert (await http.get("/v1/models/other")).status == 404
 
