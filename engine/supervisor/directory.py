@@ -40,8 +40,13 @@ class DirectoryError(OSError):
 
 
 def default_runtime_directory() -> Path:
-    """In shared memory where there is some: tallies outlive processes, not hosts."""
-    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    """In shared memory where there is some: tallies outlive processes, not hosts. Raises DirectoryError."""
+    try:
+        base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise DirectoryError(
+            f"no place for a runtime directory, name one with --runtime-dir: {error.strerror}"
+        ) from error
     return base / f"wholebatch-{os.getuid()}"
 
 

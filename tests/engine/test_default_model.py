@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import pwd
 import zipfile
 from pathlib import Path
 
@@ -92,4 +94,28 @@ def test_a_package_that_cannot_be_had_is_one_line_that_says_what_else_to_do(
 def test_a_cache_that_cannot_be_written_is_named(cache: Path):
     cache.write_text("a file")
     with pytest.raises(FetchError, match=str(cache)):
+        fetch()
+
+
+def test_without_a_home_the_user_entry_says_where_the_cache_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WHOLEBATCH_CACHE", raising=False)
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    for said in (None, ""):
+        monkeypatch.delenv("HOME", raising=False) if said is None else monkeypatch.setenv("HOME", said)
+        assert default_model.cached_path().parent == Path(home).absolute() / ".cache" / "wholebatch"
+
+
+def test_without_a_home_and_an_entry_it_is_said_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("WHOLEBATCH_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    assert main() == 2
+    assert "set WHOLEBATCH_CACHE or HOME" in capfd.readouterr().err
+
+
+def test_a_cache_that_cannot_be_looked_into_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WHOLEBATCH_CACHE", "/" + "x" * 300)
+    with pytest.raises(FetchError, match="File name too long"):
         fetch()
