@@ -76,7 +76,7 @@ class Server:
         except TokenizerError as error:
             log.error("event=start_failed error=%r", str(error))
             self._lifeline.report(Failed(message=str(error)))
-            return 1
+            return 2
         except StoreError as error:
             log.error("event=start_failed error=%r", str(error))
             # Ends a deployment that has never been ready; another tries again: a full disk may have room by then.
@@ -181,7 +181,7 @@ def _read_config(descriptor: int) -> ServerConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 after STOP_SIGNAL, 1 after a failure, 2 for a configuration that cannot be used."""
+    """Exit code 0 after STOP_SIGNAL, 1 after a failure, 2 for a configuration or a model that cannot be used."""
     obey_the_supervisor_alone()
     parser = argparse.ArgumentParser(prog="python -m frontend.server", description=__doc__)
     parser.add_argument("--config-fd", type=int, required=True, help="descriptor that the configuration is read from")

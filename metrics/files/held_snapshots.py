@@ -30,7 +30,10 @@ _CONTENT: Final = struct.Struct("<QQd")  # position (incarnation, sequence), ins
 _CRC: Final = struct.Struct("<I4x")
 _ENTRY_BYTES: Final = _CONTENT.size + _CRC.size
 _FLOCK: Final = struct.Struct("hhqqi4x")  # Source: fcntl(2), 64-bit Linux: type, whence, start, length, pid
-_WHOLE_FILE: Final = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
+def _bytes(start: int, length: int) -> bytes:
+    return _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
 
 
 class Held(NamedTuple):
@@ -63,9 +66,11 @@ class HeldWriter:
             self._file = stack.enter_context(open(path, "a+b"))
             os.posix_fallocate(self._file.fileno(), 0, size)  # a full disk is an error here, not a SIGBUS
             self._map = stack.enter_context(mmap.mmap(self._file.fileno(), size))
+            # One byte beyond keeps other writers out; the entries' own are what readers ask for.
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _bytes(size, 1))
             for engine in range(num_engines):
                 self.hold(engine, NOTHING)  # in place of a predecessor's, before it would seem to live
-            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _bytes(0, size))
             stack.pop_all()  # it stays open, and locked
 
     def hold(self, engine: int, held: Held) -> None:
@@ -99,7 +104,7 @@ class HeldReader:
         entry = mapped[offset : offset + _ENTRY_BYTES]
         incarnation, sequence, expires_at = _CONTENT.unpack_from(entry)
         (crc,) = _CRC.unpack_from(entry, _CONTENT.size)
-        if crc != zlib.crc32(entry[: _CONTENT.size]) or not _is_locked(file):
+        if crc != zlib.crc32(entry[: _CONTENT.size]) or not _is_locked(file, self._size):
             return None
         return Held((incarnation, sequence), expires_at)
 
@@ -131,7 +136,7 @@ class HeldReader:
         file.close()
 
 
-def _is_locked(file: BinaryIO) -> bool:
+def _is_locked(file: BinaryIO, size: int) -> bool:
     """Whether the process that wrote it lives."""
-    found: bytes = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _WHOLE_FILE)
+    found: bytes = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _bytes(0, size))
     return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)

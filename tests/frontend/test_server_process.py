@@ -186,7 +186,7 @@ async def test_it_ends_at_once_when_its_supervisor_does(parent: Parent):
 async def test_a_model_without_a_tokenizer_is_reported_as_a_failure_that_stays(parent: Parent):
     parent.spawn(path="/nowhere")
     assert "/nowhere" in (await parent.report(Failed)).message
-    assert await parent.exit_code() == 1
+    assert await parent.exit_code() == 2
 
 
 def test_a_configuration_that_cannot_be_read_is_one_line_and_exit_code_2():

@@ -101,10 +101,13 @@ def test_a_slot_of_which_any_part_was_written_is_the_old_one_or_the_new_one_or_n
     reader.close()
 
 
-def test_only_one_process_holds_at_an_index(directory: str):
-    writer = HeldWriter(directory, 3, 2)
+def test_only_one_process_holds_at_an_index_and_another_leaves_what_it_holds(directory: str):
+    writer, reader = HeldWriter(directory, 3, 2), reader_in(directory)
+    writer.hold(1, HELD)
     with pytest.raises(StoreError, match="temporarily unavailable"):
         HeldWriter(directory, 3, 2)
+    assert reader.read(3, 1) == HELD
+    reader.close()
     writer.close()
 
 
