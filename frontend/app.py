@@ -229,6 +229,8 @@ class StatusRoutes:
         return int(text)
 
     def _process(self, entry: dict[str, Any]) -> dict[str, Any]:
+        if entry.pop("is_silent"):
+            entry["state"] = "silent"
         if entry["role"] != API_SERVER or entry["index"] >= len(self._state.config.admin_addresses):
             return entry
         host, port = self._state.config.admin_addresses[entry["index"]]

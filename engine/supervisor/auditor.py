@@ -91,6 +91,10 @@ class Auditor:
         path = tally_path(directory, SUPERVISOR, 0)
         self._store = TallyStore.open(path, layout, incarnation=1, now_unix=time.time(), gauges_only=not log_stats)
         self._books = Books(self._store.tally)
+        self._starts = [
+            layout.cell("wholebatch:api_server_starts_total", api_server=str(index))
+            for index in range(shape.num_api_servers)
+        ]
         self._process = ProcessMetrics(self._store.tally)
         self._bulkhead = Bulkhead(self._count_fault, log)
         self._tallies: _Tallies | None = None
@@ -105,6 +109,7 @@ class Auditor:
         self._housekeeping_at = now + HOUSEKEEPING_S
         with self._bulkhead.around("audit"):
             self._process.update()
+            self._count_starts(table)
             if now >= self._audit_at:
                 self._audit_at = now + AUDIT_S
                 self._audit(table)
@@ -116,6 +121,13 @@ class Auditor:
         self._store.close()
         if self._tallies is not None:
             self._tallies.close()
+
+    def _count_starts(self, table: Deployment) -> None:
+        tally = self._store.tally
+        for entry in table.processes:
+            if entry.role == API_SERVER:
+                cell = self._starts[entry.index]
+                tally.inc(cell, entry.incarnation - tally.cells[cell])
 
     def _audit(self, table: Deployment) -> None:
         if table.facts is None:

@@ -26,6 +26,7 @@ MIN_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 5.0
 STEADY_S: Final = 10.0  # ready for so long: the next back-off begins anew
 MAX_FAILURES: Final = 5
+SILENCE_S: Final = 2.0  # of a process that reports every half second: the table says so
 MAX_STARTING_SILENCE_S: Final = 120.0  # many interpreters that import at once on few cores take most of a minute
 ENGINE_END_S: Final = 5.0  # from STOP_SIGNAL to SIGKILL
 MAX_TICK_GAP_S: Final = 1.0  # a longer one means that the supervisor itself was stopped
@@ -122,9 +123,17 @@ class Supervision:
         return all(child.state == "ready" for child in self._children.values())
 
     def table(self) -> Deployment:
-        """The deployment table to publish."""
+        """The deployment table to publish. Silence comes and goes without a new version."""
+        now = self._ticked_at or 0.0
         rows = (
-            ProcessEntry(role=c.role, index=c.index, incarnation=c.incarnation, pid=c.pid, state=c.state)
+            ProcessEntry(
+                role=c.role,
+                index=c.index,
+                incarnation=c.incarnation,
+                pid=c.pid,
+                state=c.state,
+                is_silent=c.state == "ready" and now - c.alive_at > SILENCE_S,
+            )
             for c in self._children.values()
         )
         return Deployment(version=self.version, facts=self.facts, processes=tuple(rows))

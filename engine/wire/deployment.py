@@ -43,6 +43,7 @@ class ProcessEntry:
     incarnation: Count
     pid: Count
     state: Annotated[str, one_of(*STATES)]
+    is_silent: bool = False  # ready, and has said nothing for a while: frozen, it may be
 
     @property
     def newest_ended(self) -> int:

@@ -87,6 +87,14 @@ PROCESS_METRICS: Final = (
     ),
     _process(
         COUNTER,
+        "wholebatch:api_server_starts_total",
+        "starts",
+        "Times the supervisor has started each API server, those included that never got to serve.",
+        (Label("api_server"),),
+        Scope.AUDIT,
+    ),
+    _process(
+        COUNTER,
         "wholebatch:audit_violations_total",
         "violations",
         "Times the supervisor's audit of the tally files found a law broken, by law.",

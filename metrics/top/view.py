@@ -27,7 +27,7 @@ WIDE, LEAST = 100, 80  # columns
 LEVELS = "▁▂▃▄▅▆▇█"
 GOOD, BAD, DIM, ACCENT = "green", "bold red", "dim", "cyan"
 ITERATIONS_TITLE = "iterations by tokens, whole batch"
-STATE_STYLES = {"ready": GOOD, "ended": BAD, "starting": "yellow", "stopping": "yellow"}
+STATE_STYLES = {"ready": GOOD, "silent": BAD, "ended": BAD, "starting": "yellow", "stopping": "yellow"}
 
 
 def render(

@@ -189,7 +189,7 @@ def test_a_default_model_that_is_not_the_one_expected_is_refused_and_leaves_noth
 def test_a_file_in_the_default_models_place_is_looked_at_before_anything_starts(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("WHOLEBATCH_CACHE", str(tmp_path))
     default_model.cached_path().write_bytes(b"half a downl")
-    with pytest.raises(FlagError, match="the default model, .*: not a GGUF file"):
+    with pytest.raises(FlagError, match=r"the default model, .*: not a GGUF file"):
         parse([], {})
 
 

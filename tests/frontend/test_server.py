@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import time
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
@@ -49,6 +50,18 @@ async def test_what_runs_and_which_version_is_told_from_the_start(deploy: Any):
     assert rows[ENGINE, 0]["state"] == "starting"
     node.state.view.table = None
     assert (await ask(node, "GET", "/deployment"))[0] == 503
+
+
+async def test_a_process_that_has_said_nothing_for_a_while_is_shown_as_silent(deploy: Any):
+    node = await one(deploy)
+    table = node.state.view.table
+    assert table is not None
+    said = [replace(entry, is_silent=entry.role == API_SERVER) for entry in table.processes]
+    node.state.view.table = replace(table, processes=tuple(said))
+    _, body, _ = await ask(node, "GET", "/deployment")
+    states = {p["role"]: p["state"] for p in body["processes"]}
+    assert states == {API_SERVER: "silent", ENGINE: "starting"}
+    assert all("is_silent" not in p for p in body["processes"])
 
 
 async def test_health_is_200_only_while_an_engine_is_ready(deploy: Any):

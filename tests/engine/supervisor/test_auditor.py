@@ -93,6 +93,17 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
+def test_starts_of_api_servers_are_counted_whether_they_get_ready_or_not(files: Files):
+    def starts() -> list[float]:
+        return [files.counted("wholebatch:api_server_starts_total", api_server=index) for index in ("0", "1")]
+
+    files.audit()
+    assert starts() == [1, 1]
+    files.audit(table(incarnation=4, state="ended"))
+    files.audit(table(incarnation=4, state="starting"))
+    assert starts() == [4, 1]
+
+
 def test_books_that_balance_raise_no_alarm(files: Files):
     files.generate(10)
     files.inc(API_SERVER, 0, "wholebatch:received_tokens_total", 6)

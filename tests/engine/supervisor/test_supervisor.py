@@ -172,6 +172,24 @@ def test_a_silent_process_is_killed_after_the_freeze_timeout_and_not_before():
         assert [(k.role, k.index, k.signal, k.why) for k in world.signals] == [(*frozen, signal.SIGKILL, "frozen")]
 
 
+def test_the_table_says_long_before_the_freeze_timeout_that_a_process_is_silent():
+    def silent(world: World) -> list[tuple[str, int]]:
+        return [(entry.role, entry.index) for entry in world.machine.table().processes if entry.is_silent]
+
+    for frozen in ((ENGINE, 0), (API_SERVER, 1)):
+        world = World().start()
+        world.live(60)
+        world.live(2.0, silent=frozen)
+        assert silent(world) == []
+        world.live(0.5, silent=frozen)
+        assert silent(world) == [frozen]
+        world.live(0.5)
+        assert silent(world) == []
+        world.live(3.0, silent=frozen)
+        world.end(*frozen)
+        assert silent(world) == []
+
+
 def test_a_process_that_freezes_while_it_starts_is_killed_and_one_that_loads_for_an_hour_is_not():
     for frozen in ((ENGINE, 0), (API_SERVER, 1)):
         world = World()

@@ -75,7 +75,7 @@ def alive_bytes(progress: Any) -> bytes:
     return packed
 
 
-PROCESS = {"role": ENGINE, "index": 0, "incarnation": 1, "pid": 2, "state": "ready"}
+PROCESS = {"role": ENGINE, "index": 0, "incarnation": 1, "pid": 2, "state": "ready", "is_silent": False}
 
 
 def table_of(*processes: ProcessEntry) -> Deployment:

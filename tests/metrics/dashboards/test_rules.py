@@ -48,7 +48,8 @@ UP, WAITING = "wholebatch:exporter_up", "vllm:num_requests_waiting"
 RECOMPUTED, SCHEDULED = "wholebatch:recomputed_tokens_total", "wholebatch:iteration_scheduled_tokens_sum"
 PREEMPTIONS = "vllm:num_preemptions_total"
 RESTARTS = "wholebatch:engine_incarnation"
-BEGAN, OF_SERVER = "process_start_time_seconds", f'job="wb",process="api-server-0",{INSTANCE}'
+STARTS = "wholebatch:api_server_starts_total"
+OF_SERVER = f'job="wb",process="supervisor-0",api_server="0",{INSTANCE}'
 
 # Alert -> (when it fires, minutes), (the same, but well): series by the minute.
 FIRES: Mapping[str, tuple[int, list[dict[str, str]]]] = {
@@ -77,7 +78,7 @@ FIRES: Mapping[str, tuple[int, list[dict[str, str]]]] = {
         ],
     ),
     "WholebatchEngineRestarting": (10, [series(RESTARTS, OF_ENGINE, "1 1 1 2x20")]),
-    "WholebatchAPIServerRestarting": (10, [series(BEGAN, OF_SERVER, "1 1 1 2 3 4x20")]),
+    "WholebatchAPIServerRestarting": (10, [series(STARTS, OF_SERVER, "1 1 1 2 3 4x20")]),
 }
 SILENT: Mapping[str, tuple[int, list[dict[str, str]]]] = {
     # Slow for 20 minutes only, or long ago: not over both windows.
@@ -112,11 +113,8 @@ SILENT: Mapping[str, tuple[int, list[dict[str, str]]]] = {
         ],
     ),
     "WholebatchEngineRestarting": (30, [series(RESTARTS, OF_ENGINE, "1 1 1 2x40")]),
-    # One that was killed, and an engine that starts again and again, which has an alert of its own.
-    "WholebatchAPIServerRestarting": (
-        10,
-        [series(BEGAN, OF_SERVER, "1 1 1 2 3x20"), series(BEGAN, OF_SERVER.replace("api-server", "engine"), "1+1x20")],
-    ),
+    # One that was killed twice.
+    "WholebatchAPIServerRestarting": (10, [series(STARTS, OF_SERVER, "1 1 1 2 3x20")]),
 }
 
 
