@@ -57,8 +57,9 @@ bench: install-test model ## measure what the pages claim
 bench-check: install-test model ## measure ratios, and fail where one has got worse than its bound; under two minutes
 	$(BIN)/python -m tests.benchmarks.bench_check
 
-soak: install-test ## kill, freeze and restart processes under load, then audit; longer: make soak ARGS='--faults 200'
+soak: install-test ## kill, freeze and restart processes under load, then audit; then bytes, headers, bodies, environments at random
 	$(BIN)/python -m tests.e2e.soak $(ARGS)
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest --timeout 7200 tests/e2e/test_fuzz_http.py tests/e2e/test_fuzz_environment.py
 
 clean: ## remove the environment and every cache below this folder
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

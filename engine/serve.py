@@ -48,7 +48,7 @@ def main(
             directory.remove()
             raise
     except (FlagError, ListenError, DirectoryError, BroadcastError, StoreError) as error:
-        print(f"engine.serve: {error}", file=sys.stderr)
+        print(f"engine.serve: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a path holds
         return 2
     except KeyboardInterrupt:
         return 130  # while the default model was fetched; nothing runs yet

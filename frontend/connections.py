@@ -28,11 +28,11 @@ from frontend.errors import (
     ApiError,
     BadRequest,
     EngineUnavailable,
+    ExpectationFailed,
     HeadTooLarge,
     RequestTimeout,
     error_body,
     error_response,
-    http_error_response,
 )
 from metrics.bulkhead import FaultLog
 
@@ -45,6 +45,7 @@ MAX_FIELDS: Final = 64
 LINGER_S: Final = 1.0  # for a refused client to say what it wants: closed sooner, it may see a reset and no answer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Handle = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 OnRefused = Callable[[int], None]  # is told the status of an answer to what is no request
 
 
@@ -135,6 +136,9 @@ class Listener:
     async def start(self, descriptor: int) -> None:
         """Accept from the inherited socket, which it takes over."""
         await self._runner.setup()
+        server = self._runner.server
+        assert server is not None, "a runner that is set up has a server"
+        server.request_handler = self._expecting_only(server.request_handler)
         listening = socket.socket(fileno=descriptor)
         listening.setblocking(False)
         loop = asyncio.get_running_loop()
@@ -149,6 +153,18 @@ class Listener:
         """Give requests that are under way a moment, then close every connection."""
         self.stop()
         await self._runner.cleanup()
+
+    def _expecting_only(self, handle: Handle) -> Handle:
+        """Refuses what else a request may expect than `100-continue`, in the one shape; the library would do so before
+        it calls any middleware, and fails where the header is no text."""
+
+        async def checked(request: web.BaseRequest) -> web.StreamResponse:
+            if request.headers.get("Expect", "100-continue").lower() == "100-continue":
+                return await handle(request)
+            self._on_refused(ExpectationFailed.status)
+            return error_response(ExpectationFailed("only 100-continue can be expected"))
+
+        return checked
 
     def _accept(self) -> asyncio.Protocol:
         if not self._connections.has_room():
@@ -219,15 +235,6 @@ class Connection(web.RequestHandler):
         if isinstance(exc, LineTooLong):
             return _closing(error_response(HeadTooLarge(what)))
         return _closing(error_response(BadRequest(what)))
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        """Gives the one shape to what the library raises before it calls any middleware (an unknown `Expect`)."""
-        if isinstance(resp, web.HTTPException) and resp.status >= 400:
-            self._on_refused(resp.status)
-            resp = http_error_response(resp, request)
-        return await super().finish_response(request, resp, start_time)
 
 
 def _closing(response: web.Response) -> web.Response:

@@ -70,6 +70,13 @@ class UnsupportedMediaType(ApiError):
     type = "invalid_request_error"
 
 
+class ExpectationFailed(ApiError):
+    """The request expects what the server does not do."""
+
+    status = 417
+    type = "invalid_request_error"
+
+
 class HeadTooLarge(ApiError):
     """A line of the request's head is too long."""
 
@@ -117,8 +124,7 @@ def error_response(error: ApiError) -> web.Response:
     return web.json_response(error_body(error), status=error.status, headers=error.headers)
 
 
-def http_error_response(error: web.HTTPException, request: web.BaseRequest) -> web.Response:
-    """An error of the HTTP library in our shape."""
+def _from_http(error: web.HTTPException, request: web.Request) -> web.Response:
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         message = f"the request's body is too large: {error.text}"
@@ -139,7 +145,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        return http_error_response(error, request)
+        return _from_http(error, request)
     except ConnectionError:
         raise  # the client is gone: there is nobody to answer
     except Exception:  # the bulkhead between one request's fault and the server

@@ -193,6 +193,7 @@ NO_HTTP = {
     "a version that is none": b"GET / HTTP/9.9\r\nHost: a-secret\r\n\r\n",
     "two lengths": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
     "no host": b"GET / HTTP/1.1\r\n\r\n",
+    "an Expect that is no text": GET.replace(b"Host: x", b"Host: x\r\nExpect: \x82"),
     "an unknown Expect": POST.replace(b"Host: x", b"Host: x\r\nExpect: a-secret") % (2, b"{}"),
 }
 
