@@ -58,8 +58,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of one iteration's batch."""
+    """Who is served next, and the limits of one iteration's batch."""
 
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority"],
+        Flag(
+            "who is served first: fcfs, who came first; priority, whose request says the lower priority"
+            " (default: %(default)s)"
+        ),
+    ] = "fcfs"
     max_num_seqs: Annotated[Positive, Flag("sequences in a batch (default: %(default)s)")] = 256
     # None: what suits the device, and what the other limits need
     max_num_batched_tokens: Annotated[
@@ -111,6 +118,9 @@ class HttpConfig:
             metavar="PORT",
         ),
     ] = 0
+    max_num_seqs_per_request: Annotated[
+        int, Meta(ge=1, le=2048), Flag("refuse requests for more sequences, prompts times n (default: %(default)s)")
+    ] = 2048
     # None: no limit
     max_num_queued_reqs: Annotated[
         Positive | None, Flag("refuse requests beyond so many sequences in the deployment")

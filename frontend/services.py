@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from engine.wire import Facts, HttpConfig, ServerConfig
-from frontend.api import OpenAIService
+from frontend.api import OpenAIService, Terms
 from frontend.counters import GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
 from frontend.engines import Admission, Asked, EngineClients, Identity, InFlight, Limits, Observer
@@ -150,8 +150,7 @@ class Services:
             group=self.group,
             tokenizer=tokenizer,
             served_model_names=config.model.served_model_names,
-            max_model_len=facts.max_model_len,
-            vocab_size=facts.vocab_size,
+            terms=_terms(config, facts),
         )
 
     def _make_admission(self, config: ServerConfig) -> Admission:
@@ -202,6 +201,17 @@ class Services:
 
 def _limits(http: HttpConfig) -> Limits:
     return Limits(max_num_queued_reqs=http.max_num_queued_reqs, max_num_queued_tokens=http.max_num_queued_tokens)
+
+
+def _terms(config: ServerConfig, facts: Facts) -> Terms:
+    scheduler = config.scheduler
+    return Terms(
+        max_model_len=facts.max_model_len,
+        vocab_size=facts.vocab_size,
+        max_sequences=config.http.max_num_seqs_per_request,
+        max_prompt_tokens=None if scheduler.enable_chunked_prefill else scheduler.max_num_batched_tokens,
+        allows_priority=scheduler.scheduling_policy == "priority",
+    )
 
 
 def _telemetry(config: ServerConfig) -> Telemetry | None:

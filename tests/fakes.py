@@ -240,6 +240,7 @@ class FakeAsk:
     sampling: SamplingParams
     n: int
     priority: int
+    cache_salt: str | None
     context: RequestContext
     generation: FakeGeneration
 
@@ -261,14 +262,23 @@ class FakeClients:
         pass
 
     def submit(self, prompt_token_ids: list[int], asked: Asked) -> FakeGeneration:
-        wire.decode_from_api_server(
-            wire.encode(Submit(0, 1, prompt_token_ids, asked.sampling, asked.priority))
-        )  # or it raises
+        submit = Submit(0, 1, prompt_token_ids, asked.sampling, asked.priority, asked.n, asked.cache_salt)
+        wire.decode_from_api_server(wire.encode(submit))  # or it raises
         script = self.scripts.pop(0)
         if not self.scripts:
             self.has_taken_all.set()
         if isinstance(script, Exception):
             raise script
         generation = FakeGeneration(script, self.log)
-        self.asks.append(FakeAsk(prompt_token_ids, asked.sampling, asked.n, asked.priority, asked.context, generation))
+        self.asks.append(
+            FakeAsk(
+                prompt_token_ids,
+                asked.sampling,
+                asked.n,
+                asked.priority,
+                asked.cache_salt,
+                asked.context,
+                generation,
+            )
+        )
         return generation

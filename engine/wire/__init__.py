@@ -24,6 +24,8 @@ from engine.wire.deployment import (
 from engine.wire.lifeline import STOP_SIGNAL, Lifeline, make_lifeline, obey_the_supervisor_alone, read_reports
 from engine.wire.messages import (
     FINISH_REASONS,
+    MAX_N,
+    MAX_SALT_CHARS,
     Abort,
     Finish,
     Goodbye,
@@ -47,6 +49,8 @@ __all__ = [
     "LEAST_TEMPERATURE",
     "MAX_BIAS",
     "MAX_LOGPROBS",
+    "MAX_N",
+    "MAX_SALT_CHARS",
     "STOP_SIGNAL",
     "WIRE_VERSION",
     "Abort",

@@ -12,16 +12,15 @@ send.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import zmq
 
 from engine import wire
-from engine.wire import Abort, Deployment, Goodbye, Hello, Output, Outputs, SamplingParams, Submit, WireError
+from engine.wire import Abort, Deployment, Goodbye, Hello, Output, Outputs, Submit, WireError
 from frontend.counters import EngineRecord, GroupCommit, RequestRecord
 from frontend.engines.generation import Asked, Generation, Observer, SequenceState
 from frontend.engines.routing import Router
@@ -168,7 +167,7 @@ class EngineClients:
         self._observe = observe
         self._clock = time.monotonic
         self._is_closed = False
-        self._request_ids = itertools.count(1)
+        self._next_request_id = 1
         self._connections: list[EngineConnection | None] = [None] * len(record.engines)
         self._not_before = [0.0] * len(record.engines)  # when to connect again, after a Goodbye
         self._faults = FaultLog(log)
@@ -184,7 +183,7 @@ class EngineClients:
         self._admit(num_sequences)
 
     def submit(self, prompt_token_ids: list[int], asked: Asked) -> Generation:
-        """Send n sequences to the least loaded engine; sequence i of a seeded request has seed + i. The caller closes
+        """Send n sequences to the least loaded engine, in one message. The caller closes
         the generation. Raises EngineUnavailable (no engine is ready), Overloaded (a limit is reached) or
         TooManyRequests (the engine takes no more messages)."""
         observer = None if self._observe is None else self._observe(asked)
@@ -196,22 +195,28 @@ class EngineClients:
             raise
 
     def _submit(self, prompt_token_ids: list[int], asked: Asked, observer: Observer | None) -> Generation:
-        sampling, n = asked.sampling, asked.n
+        n = asked.n
         engine, connection = self._choose()
         self._admit(n)
         if not connection.can_submit():
             self._record.rejected("max_num_queued_reqs")
             raise TooManyRequests("the engine's queue is full, try again", code="queue_full")
-        ids = [next(self._request_ids) for _ in range(n)]
+        ids = range(self._next_request_id, self._next_request_id + n)
+        self._next_request_id += n
         generation = Generation(connection, connection.record, self._group, self._clock, asked, ids, observer)
         connection.begin(generation)
         self._group.now()  # P4: what is sent has been counted. Not awaited: a client that goes now changes nothing
-        for sequence in generation.sequences:
-            own = sampling if n == 1 else _nth(sampling, sequence.index)
-            message = Submit(sequence.request_id, connection.incarnation, prompt_token_ids, own, asked.priority)
-            if not connection.submit(message):
-                generation.fail(EngineLost(f"engine {engine} takes no more requests", code="engine_lost"))
-                break
+        message = Submit(
+            request_id=ids[0],
+            engine_incarnation=connection.incarnation,
+            prompt_token_ids=prompt_token_ids,
+            sampling=asked.sampling,
+            priority=asked.priority,
+            n=n,
+            cache_salt=asked.cache_salt,
+        )
+        if not connection.submit(message):
+            generation.fail(EngineLost(f"engine {engine} takes no more requests", code="engine_lost"))
         return generation
 
     def on_load(self, engine: int, load: float) -> None:
@@ -292,10 +297,3 @@ class EngineClients:
     def _on_rejected(self, error: WireError) -> None:
         self._record.wire_rejected("from_engine")
         self._faults.rejected("from_engine", error)
-
-
-def _nth(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Sequence `index` of a request for n."""
-    if sampling.seed is None:
-        return sampling
-    return replace(sampling, seed=(sampling.seed + 2**63 + index) % 2**64 - 2**63)

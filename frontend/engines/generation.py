@@ -51,6 +51,7 @@ class Asked:
     sampling: SamplingParams
     n: int = 1
     priority: int = 0
+    cache_salt: str | None = None
 
 
 class Observer(Protocol):

@@ -66,10 +66,11 @@ CHILD: dict[str, Any] = {
     "directory": "/run/x",
     "lifeline_fd": 5,
     "model": ModelConfig(path="/models/tiny"),
+    "scheduler": SchedulerConfig(),
     "stats": StatsConfig(custom_buckets=(("itl", (0.1, 0.2)),)),
     "patience": Patience(),
 }
-ENGINE = EngineConfig(**CHILD, scheduler=SchedulerConfig(), cache=CacheConfig(), facts=None)
+ENGINE = EngineConfig(**CHILD, cache=CacheConfig(), facts=None)
 SERVER = ServerConfig(
     **CHILD,
     http=HttpConfig(api_keys=("secret",)),
