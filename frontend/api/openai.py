@@ -30,7 +30,7 @@ from frontend.api.protocol import (
 from frontend.api.replies import ChatReply, CompletionReply, ContinuousUsage, Reply
 from frontend.context import TRACE_HEADERS, RequestContext
 from frontend.counters import GroupCommit
-from frontend.engines import Asked
+from frontend.engines import Ask, Asked
 from frontend.errors import ApiError, BadRequest, NotFound, UnsupportedMediaType
 from frontend.routes import Handler, Route, route_of
 from frontend.text import ChatTemplateError, SequenceText, Stops, StopStrings, Tokenizer
@@ -48,11 +48,11 @@ Answering = Coroutine[Any, Any, web.StreamResponse]
 class Clients(Protocol):
     """The engines, seen from here; `frontend.engines.engine_client` has them."""
 
-    def admit(self, num_sequences: int) -> None:
-        """Raises EngineUnavailable, TooManyRequests where so many could not be submitted now."""
+    def check(self, num_sequences: int) -> None:
+        """Raises what `submit` would for so many sequences now."""
 
-    def submit(self, prompt_token_ids: list[int], asked: Asked) -> TokenSource:
-        """Raises EngineUnavailable, TooManyRequests."""
+    def submit(self, asks: Sequence[Ask]) -> Sequence[TokenSource]:
+        """All prompts of a request, or none. Raises EngineUnavailable, BadRequest, TooManyRequests."""
 
 
 class OpenAIService:
@@ -161,7 +161,7 @@ class OpenAIService:
 
     async def _token_ids(self, prompts: Sequence[Prompt], request: GenerationRequest) -> list[list[int]]:
         """Each prompt's. What cannot be served is refused before anything is tokenised."""
-        self._clients.admit(request.num_sequences)
+        self._clients.check(request.num_sequences)
         max_model_len = self._terms.max_model_len
         for prompt in prompts:
             if isinstance(prompt, list):
@@ -205,22 +205,13 @@ class OpenAIService:
         *,
         is_silent: bool = False,
     ) -> web.StreamResponse:
-        samplings = [request.sampling(len(prompt), self._terms) for prompt in prompts]
+        asks = [Ask(prompt, self._asked(len(prompt), request, context)) for prompt in prompts]
         options = request.stream_options
         if options.include_usage and options.continuous_usage_stats:
             reply = ContinuousUsage(reply, [len(prompt) for prompt in prompts], request.n)
         generations: list[TokenSource] = []
         try:
-            for prompt, sampling in zip(prompts, samplings, strict=True):
-                asked = Asked(
-                    context=context,
-                    num_prompt_tokens=len(prompt),
-                    sampling=sampling,
-                    n=request.n,
-                    priority=request.priority,
-                    cache_salt=request.cache_salt,
-                )
-                generations.append(self._clients.submit(prompt, asked))
+            generations += self._clients.submit(asks)
             stops = Stops(request.stop, includes_stop=request.include_stop_str_in_output)
             answer = Answer(
                 generations,
@@ -242,6 +233,16 @@ class OpenAIService:
         finally:
             for generation in generations:
                 generation.close()
+
+    def _asked(self, num_prompt_tokens: int, request: GenerationRequest, context: RequestContext) -> Asked:
+        return Asked(
+            context=context,
+            num_prompt_tokens=num_prompt_tokens,
+            sampling=request.sampling(num_prompt_tokens, self._terms),
+            n=request.n,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+        )
 
     def _sequence_text(self, request: GenerationRequest, stops: Stops) -> SequenceText:
         return SequenceText(

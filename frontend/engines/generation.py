@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.wire import Finish, Output, SamplingParams, Start, TokenLogprobs
 from frontend.context import RequestContext
@@ -52,6 +52,13 @@ class Asked:
     n: int = 1
     priority: int = 0
     cache_salt: str | None = None
+
+
+class Ask(NamedTuple):
+    """One prompt of a request."""
+
+    prompt_token_ids: list[int]
+    asked: Asked
 
 
 class Observer(Protocol):

@@ -151,7 +151,8 @@ OF_ENGINES: list[tuple[str, object]] = [
 ]
 OF_SERVERS: list[tuple[str, object]] = [
     ("http.port", 65536),
-    ("http.max_num_queued_reqs", 0),
+    ("http.max_num_queued_reqs", -1),
+    ("http.max_num_seqs_per_request", 0),
     ("http.max_num_queued_tokens", "9"),
     ("http.api_keys", [1]),
     ("port", -1),

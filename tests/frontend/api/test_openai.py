@@ -507,12 +507,6 @@ async def test_a_request_that_no_engine_takes_has_an_honest_status(fault: Except
     assert answer["error"]["message"] == str(fault)
 
 
-async def test_when_one_of_several_prompts_is_refused_the_others_are_ended():
-    clients = FakeClients([None], TooManyRequests("queue is full"))
-    await post(clients, COMPLETIONS, 429, prompt=["x", "y"])
-    assert clients.log == ["close", "commit"]
-
-
 @pytest.mark.parametrize("streams", [False, True])
 async def test_an_engine_lost_before_the_first_word_is_an_honest_status(streams: bool):
     clients = FakeClients([EngineLost("engine 0 ended")])
@@ -716,6 +710,6 @@ async def test_nothing_is_tokenised_for_a_request_that_has_no_place(monkeypatch:
     def never(*_: Any, **__: Any) -> list[int]:
         raise AssertionError("tokenised")
 
-    monkeypatch.setattr(clients, "admit", full)
+    monkeypatch.setattr(clients, "check", full)
     monkeypatch.setattr(TOKENIZER, "encode", never)
     await post(clients, COMPLETIONS, 429, prompt="x")
