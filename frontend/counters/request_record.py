@@ -186,9 +186,9 @@ class EngineRecord:
         """A snapshot was not newer than the one held."""
         self._tally.inc(self._stale_snapshots)
 
-    def gave_up(self, reason: str, num_sequences: int = 1) -> None:
-        """Sequences ended by abort or error; no histogram observes them."""
-        self._tally.inc(self._success[reason], num_sequences)
+    def gave_up(self, reason: str) -> None:
+        """A sequence ended by abort or error; no histogram observes it."""
+        self._tally.inc(self._success[reason])
 
     def finished(self, sequence: FinishedSequence) -> None:
         """A sequence ended as it should."""

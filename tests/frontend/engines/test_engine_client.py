@@ -299,6 +299,20 @@ async def test_a_client_that_goes_aborts_its_sequences_at_once_and_its_tokens_ar
         await until(lambda: bench.tokens() == {"received": 2, "disconnect": 2})
 
 
+async def test_a_sequence_that_ended_before_its_client_went_counts_by_its_own_reason(bench: Bench):
+    async with bench.engine() as engine:
+        generation = await bench.submit(n=3)
+        submits = await engine.receive_submits(3)
+        await engine.send(output(submits[0], 0, [7], finish("stop")), output(submits[1], 0, [8]))
+        await deltas_of(generation)
+        generation.close()
+        assert (bench.success("stop"), bench.success("abort")) == (1, 2)
+        assert (bench.ended("stop"), bench.ended("abort")) == (1, 2)
+        assert bench.observed("request_generation_tokens") == (1, 1)
+        assert (bench.whole_requests("abort"), bench.whole_requests("stop")) == (1, 0), "nobody has its answer"
+        assert bench.tokens() == {"received": 2, "disconnect": 2}
+
+
 async def test_tokens_past_a_stop_string_are_settled_as_such_and_the_request_counts_as_stopped(bench: Bench):
     async with bench.engine() as engine:
         generation = await bench.submit()
