@@ -141,6 +141,8 @@ class EngineCore:
         scheduled_at = self._clock()
         sampled = self._runner.run(batch)
         at = self._clock()
+        for error in batch.caught:
+            self._bulkhead.caught("sampling", error)
         stepped = self._scheduler.update(batch, sampled)
         self._scheduler.observe(batch.counts, at - started)
         self._add_outputs(stepped, sampled, outputs)

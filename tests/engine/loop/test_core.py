@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.config import SchedulerConfig
-from engine.schedule.batch import SampledToken
+from engine.schedule.batch import Batch, SampledToken
 from engine.wire import (
     Finish,
     Output,
@@ -238,6 +238,21 @@ def test_a_sequence_without_a_next_token_ends_by_error_and_its_neighbours_go_on(
     assert engine.value("wholebatch:sequences_finished_total", finished_reason="error") == 1
     assert engine.value("vllm:generation_tokens_total") == 3
     assert engine.value("wholebatch:tokens_sent_total", api_server="0") == 3
+
+
+def test_what_the_runner_caught_is_counted_and_said_once_and_ends_nobody(engine, caplog):
+    run = engine.runner.run
+
+    def run_and_catch(batch: Batch) -> Any:
+        batch.caught.append(RuntimeError("not so many at once"))
+        return run(batch)
+
+    engine.runner.run = run_and_catch
+    engine.core.submit((0, 1), SUBMIT, 1.0)
+    outputs = [only(engine.step(), (0, 1)) for _ in range(4)]
+    assert outputs[-1].finish == Finish("length", None, None)
+    assert engine.value("wholebatch:bulkhead_errors_total", where="sampling") == 4
+    assert caplog.text.count("not so many at once") == 1
 
 
 def test_the_sequences_of_one_request_are_accepted_each_and_told_apart(engine):
