@@ -19,7 +19,7 @@ from frontend.api import OpenAIService, Terms
 from frontend.counters import GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
 from frontend.engines import Admission, Asked, EngineClients, Identity, InFlight, Limits, Observer
-from frontend.scrape import Exporter, Figures, Layouts, Pool, ScrapeResponder, boottime, load_report
+from frontend.scrape import Exporter, Layouts, Pool, PoolLoad, ScrapeResponder, boottime, load_report
 from frontend.text import Tokenizer
 from frontend.tracing import RequestTrace
 from metrics.bulkhead import Bulkhead
@@ -95,7 +95,7 @@ class Services:
     def is_busy(self) -> bool:
         return any(engine.num_in_flight for engine in self.record.engines)
 
-    def pool_figures(self) -> Figures | None:
+    def pool_figures(self) -> PoolLoad | None:
         """Of the engines heard; the same in every API server."""
         return self.pool.figures(self.exporter.heard())
 
