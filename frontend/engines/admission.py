@@ -72,7 +72,7 @@ class Admission:
         limit = self._limits.max_num_queued_reqs
         if limit is not None and num_sequences > limit:
             message = f"{num_sequences} sequences can never be served: at most {limit} may be in flight"
-            raise BadRequest(message, param="n", code="max_num_queued_reqs")
+            raise BadRequest(message, code="max_num_queued_reqs")
 
     def _check(self, num_sequences: int, own: InFlight) -> None:
         limits = self._limits

@@ -51,9 +51,8 @@ def test_what_is_refused_is_told_so_with_the_limit_and_when_to_try_again():
 def test_what_can_never_have_a_place_is_a_fault_of_the_request():
     door = Door(max_reqs=2)
     for ask in (door.admission.check, lambda n: door.admission.admit(n, 5)):
-        with pytest.raises(BadRequest, match="4 sequences can never be served: at most 2") as caught:
+        with pytest.raises(BadRequest, match="4 sequences can never be served: at most 2"):
             ask(4)
-        assert caught.value.param == "n"
     assert (door.rejected, door.announced) == ([], [])
 
 
