@@ -61,7 +61,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.answered.set()
-        limit = connection_limit(self.config.http)
+        limit = connection_limit(self.config.http.max_connections)
         self.connections, self.admin_connections = Connections(limit), Connections(limit)
 
     def opened(self) -> None:

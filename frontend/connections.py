@@ -23,7 +23,6 @@ from typing import Any, Final, Protocol
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
-from engine.wire import HttpConfig
 from frontend.errors import (
     ApiError,
     BadRequest,
@@ -95,10 +94,10 @@ class Connections:
                 self._waiting[connection] = None
 
 
-def connection_limit(http: HttpConfig) -> int:
-    """As the operator says, within the descriptors that this process may open; it needs some beside."""
+def connection_limit(wanted: int) -> int:
+    """As many as the operator wants, within the descriptors that this process may open; it needs some beside."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, min(http.max_connections, descriptors * 3 // 4))
+    return max(1, min(wanted, descriptors * 3 // 4))
 
 
 def receiving(connections: Connections, body_timeout_s: float) -> Any:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from engine.wire import HttpConfig
 from frontend.app import public_app
 from frontend.connections import Connections, Listener, connection_limit
 from tests.frontend.deployments import Node, engine_of, one, total
@@ -278,5 +277,5 @@ async def test_a_refused_client_that_says_nothing_is_closed(deploy: Any):
 
 def test_the_limit_leaves_descriptors_for_all_else(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1000, 1000))
-    assert connection_limit(HttpConfig(max_connections=4096)) == 750
-    assert connection_limit(HttpConfig(max_connections=10)) == 10
+    assert connection_limit(4096) == 750
+    assert connection_limit(10) == 10
