@@ -109,8 +109,8 @@ def _listed(flag: str, words: list[str]) -> list[str]:
     for word in words:
         try:
             found += json.loads(word) if word.startswith("[") else [word]
-        except ValueError as error:
-            raise FlagError(f"{flag} {word!r}: not a JSON list: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise FlagError(f"{flag} {word[:80]!r}: not a JSON list: {error}") from error
     for word in found:
         if not (isinstance(word, str) and word and word.isascii() and word.isprintable()):
             raise FlagError(f"{flag}: {word!r} cannot be said in a header")

@@ -110,6 +110,7 @@ BAD = {
     "a freeze shorter than reports are apart": (["--freeze-timeout", "0.5"], "0.5"),
     "too many processes": (["-asc", "257"], "257"),
     "origins that are no list": (["--allowed-origins", '["a'], "--allowed-origins"),
+    "origins too deep": (["--allowed-origins", "[" * 100_000], "--allowed-origins"),
     "an origin that is no text": (["--allowed-origins", "[1]"], "--allowed-origins: 1"),
     "a header of two lines": (["--allowed-headers", "a\nb"], "--allowed-headers"),
     "cookies for all": (["--allowed-origins", "*", "--allow-credentials"], "--allow-credentials"),
