@@ -35,7 +35,7 @@ def make_scheduler(*args: Any, **kwargs: Any) -> Any:
     base = _scheduler_class(vllm_config)
     try:
         witness = Witness(open_core(_engine_index(vllm_config), _facts(vllm_config)))
-        kind = type(f"Counting{base.__name__}", (_Hooks, base), {})
+        kind = type(f"Counting{base.__name__}", (_Hooks, base), {"__module__": __name__})
     except Exception as error:  # noqa: BLE001 - vLLM must start whatever is wrong with our part
         log.error("event=vllm_hook_disabled error=%r", str(error))
         return base(*args, **kwargs)
