@@ -76,3 +76,7 @@ def check_version() -> None:
     if found is not None and (int(found[1]), int(found[2])) < LEAST_VERSION:
         least = ".".join(map(str, LEAST_VERSION))
         raise CommandError(f"vLLM {version} is too old, {least} is the first one that works")
+
+
+if __name__ == "__main__":
+    main()

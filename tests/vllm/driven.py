@@ -143,7 +143,7 @@ class Core:
 BOUNDS = [1.0, 8.0, 64.0]
 
 
-def make_core(
+def make_core(  # noqa: PLR0913  the ways to run it, each by name
     model: Path,
     directory: Path,
     *,
