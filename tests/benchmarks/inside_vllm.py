@@ -12,6 +12,7 @@ multiprocess registry holds at the end of the same run, which without us is what
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import time
 import urllib.request
@@ -54,6 +55,12 @@ def idle_histogram(url: str) -> tuple[float, float]:
         last = found
 
 
+def wait_for_servers(url: str, servers: int) -> None:
+    """vLLM answers as soon as its first API server does; the load is for all of them."""
+    while len(re.findall(r'process_open_fds\{process="api-server-', metrics(url))) < servers:
+        time.sleep(0.5)
+
+
 def alone(directory: str) -> tuple[float, float]:
     """What vLLM's API servers have written for its own /metrics."""
     registry = CollectorRegistry()
@@ -71,6 +78,7 @@ def measure(venv: Path, model: Path, servers: int, num_requests: int) -> dict[st
         flags = ("--api-server-count", str(servers), "--scheduler-cls", "tests.vllm.logged.Logged")
         prompts = random_prompts(num_requests, (100, 200), servers)
         with vllm(venv, model, *flags, program=VLLM_WITH_US, more=more) as side:
+            wait_for_servers(side.url, servers)
             run_load(side.url, side.model, prompts, OUTPUT_TOKENS, 32)
             whole = idle_histogram(side.url)
             partial = alone(str(theirs))
