@@ -242,7 +242,6 @@ class Supervisor:
         config = self._config
         return EngineConfig(
             **self._child(action, lifeline_fd),
-            scheduler=config.scheduler,
             cache=config.cache,
             facts=self._machine.facts,
         )
@@ -268,6 +267,7 @@ class Supervisor:
             "directory": str(self._directory.path),
             "lifeline_fd": lifeline_fd,
             "model": config.model,
+            "scheduler": config.scheduler,
             "stats": config.stats,
             "patience": config.patience,
         }

@@ -27,6 +27,7 @@ class ChildConfig:
     directory: Text  # the deployment's
     lifeline_fd: Count
     model: ModelConfig
+    scheduler: SchedulerConfig
     stats: StatsConfig
     patience: Patience
 
@@ -44,7 +45,6 @@ class ChildConfig:
 class EngineConfig(ChildConfig):
     """One engine. `facts` is None for the first that gets ready: it fixes them."""
 
-    scheduler: SchedulerConfig
     cache: CacheConfig
     facts: Facts | None
 

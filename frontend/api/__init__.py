@@ -7,8 +7,10 @@ for each piece (P4): take it, count it, commit, write it.
 from __future__ import annotations
 
 from frontend.api.openai import OpenAIService, routes
+from frontend.api.protocol import Terms
 
 __all__ = [
     "OpenAIService",
+    "Terms",
     "routes",
 ]

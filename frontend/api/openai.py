@@ -22,14 +22,15 @@ from frontend.api.protocol import (
     CompletionRequest,
     GenerationRequest,
     Prompt,
+    Terms,
     check_token_ids,
     parse_request,
     too_long,
 )
-from frontend.api.replies import ChatReply, CompletionReply, Reply
+from frontend.api.replies import ChatReply, CompletionReply, ContinuousUsage, Reply
 from frontend.context import TRACE_HEADERS, RequestContext
 from frontend.counters import GroupCommit
-from frontend.engines import Asked
+from frontend.engines import Ask, Asked
 from frontend.errors import ApiError, BadRequest, NotFound, UnsupportedMediaType
 from frontend.routes import Handler, Route, route_of
 from frontend.text import ChatTemplateError, SequenceText, Stops, StopStrings, Tokenizer
@@ -47,15 +48,15 @@ Answering = Coroutine[Any, Any, web.StreamResponse]
 class Clients(Protocol):
     """The engines, seen from here; `frontend.engines.engine_client` has them."""
 
-    def admit(self, num_sequences: int) -> None:
-        """Raises EngineUnavailable, TooManyRequests where so many could not be submitted now."""
+    def check(self, num_sequences: int) -> None:
+        """Raises what `submit` would for so many sequences now."""
 
-    def submit(self, prompt_token_ids: list[int], asked: Asked) -> TokenSource:
-        """Raises EngineUnavailable, TooManyRequests."""
+    def submit(self, asks: Sequence[Ask]) -> Sequence[TokenSource]:
+        """All prompts of a request, or none. Raises EngineUnavailable, BadRequest, TooManyRequests."""
 
 
 class OpenAIService:
-    """One model behind the OpenAI API. `vocab_size` is the model's, which may be padded beyond the tokenizer's."""
+    """One model behind the OpenAI API."""
 
     def __init__(
         self,
@@ -64,16 +65,14 @@ class OpenAIService:
         group: GroupCommit,
         tokenizer: Tokenizer,
         served_model_names: Sequence[str],
-        max_model_len: int,
-        vocab_size: int,
+        terms: Terms,
         created_unix: int | None = None,
     ) -> None:
         self._clients = clients
         self._group = group
         self._tokenizer = tokenizer
         self._names = tuple(served_model_names)
-        self._max_model_len = max_model_len
-        self._vocab_size = vocab_size
+        self._terms = terms
         self._working_aside = asyncio.Semaphore(MAX_ASIDE)
         self._created_unix = int(time.time()) if created_unix is None else created_unix
 
@@ -82,6 +81,7 @@ class OpenAIService:
         arrived_at = time.monotonic()
         body = await read_json(http)
         request = await self._aside(len(body) > LONG_BODY, parse_request, CompletionRequest, body)
+        request.check_terms(self._terms)
         context = self._context(http, request, "cmpl", arrived_at)
         prompts = await self._token_ids(request.prompt, request)
         echoes = [self._prompt_text(prompt, request) for prompt in request.prompt] if request.echo else []
@@ -91,7 +91,7 @@ class OpenAIService:
             n=request.n,
             echoes=echoes,
         )
-        return await self._answer(http, request, prompts, reply, context)
+        return await self._answer(http, request, prompts, reply, context, is_silent=request.asks_for_echo_alone)
 
     async def chat_completions(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
@@ -99,6 +99,7 @@ class OpenAIService:
         body = await read_json(http)
         is_long = len(body) > LONG_BODY
         request = await self._aside(is_long, parse_request, ChatRequest, body)
+        request.check_terms(self._terms)
         context = self._context(http, request, "chatcmpl", arrived_at)
         conversation = await self._aside(is_long, self._conversation, request)
         prompts = await self._token_ids([conversation], request)
@@ -123,7 +124,7 @@ class OpenAIService:
             "owned_by": "wholebatch",
             "root": name,
             "parent": None,
-            "max_model_len": self._max_model_len,
+            "max_model_len": self._terms.max_model_len,
         }
 
     def _known(self, name: str) -> str:
@@ -160,12 +161,13 @@ class OpenAIService:
 
     async def _token_ids(self, prompts: Sequence[Prompt], request: GenerationRequest) -> list[list[int]]:
         """Each prompt's. What cannot be served is refused before anything is tokenised."""
-        self._clients.admit(len(prompts) * request.n)
+        self._clients.check(request.num_sequences)
+        max_model_len = self._terms.max_model_len
         for prompt in prompts:
             if isinstance(prompt, list):
-                check_token_ids(prompt, self._vocab_size, request.PROMPT_PARAM)
-            elif not self._tokenizer.can_fit(prompt, self._max_model_len):
-                raise too_long(f"your prompt has {len(prompt)} characters", self._max_model_len, request.PROMPT_PARAM)
+                check_token_ids(prompt, self._terms.vocab_size, request.PROMPT_PARAM)
+            elif not self._tokenizer.can_fit(prompt, max_model_len):
+                raise too_long(f"your prompt has {len(prompt)} characters", max_model_len, request.PROMPT_PARAM)
         num_characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         return await self._aside(num_characters > LONG_TEXT, self._encode, prompts, request)
 
@@ -200,24 +202,16 @@ class OpenAIService:
         prompts: list[list[int]],
         reply: Reply,
         context: RequestContext,
+        *,
+        is_silent: bool = False,
     ) -> web.StreamResponse:
-        samplings = [
-            request.sampling(
-                num_prompt_tokens=len(prompt), max_model_len=self._max_model_len, vocab_size=self._vocab_size
-            )
-            for prompt in prompts
-        ]
+        asks = [Ask(prompt, self._asked(len(prompt), request, context)) for prompt in prompts]
+        options = request.stream_options
+        if options.include_usage and options.continuous_usage_stats:
+            reply = ContinuousUsage(reply, [len(prompt) for prompt in prompts], request.n)
         generations: list[TokenSource] = []
         try:
-            for prompt, sampling in zip(prompts, samplings, strict=True):
-                asked = Asked(
-                    context=context,
-                    num_prompt_tokens=len(prompt),
-                    sampling=sampling,
-                    n=request.n,
-                    priority=request.priority,
-                )
-                generations.append(self._clients.submit(prompt, asked))
+            generations += self._clients.submit(asks)
             stops = Stops(request.stop, includes_stop=request.include_stop_str_in_output)
             answer = Answer(
                 generations,
@@ -225,6 +219,7 @@ class OpenAIService:
                 n=request.n,
                 num_prompt_tokens=sum(map(len, prompts)),
                 shows_stop_token=request.include_stop_str_in_output,
+                is_silent=is_silent,
             )
             if request.stream:
                 return await stream(http, answer, reply, self._group)
@@ -238,6 +233,16 @@ class OpenAIService:
         finally:
             for generation in generations:
                 generation.close()
+
+    def _asked(self, num_prompt_tokens: int, request: GenerationRequest, context: RequestContext) -> Asked:
+        return Asked(
+            context=context,
+            num_prompt_tokens=num_prompt_tokens,
+            sampling=request.sampling(num_prompt_tokens, self._terms),
+            n=request.n,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+        )
 
     def _sequence_text(self, request: GenerationRequest, stops: Stops) -> SequenceText:
         return SequenceText(

@@ -211,6 +211,7 @@ def _config(
         port=0,
         model=ModelConfig(path=str(model), served_model_names=("m",)),
         http=HttpConfig(),
+        scheduler=SchedulerConfig(),
         stats=StatsConfig(),
         patience=Patience(drain_timeout_s=1.0),
     )

@@ -66,10 +66,11 @@ CHILD: dict[str, Any] = {
     "directory": "/run/x",
     "lifeline_fd": 5,
     "model": ModelConfig(path="/models/tiny"),
+    "scheduler": SchedulerConfig(),
     "stats": StatsConfig(custom_buckets=(("itl", (0.1, 0.2)),)),
     "patience": Patience(),
 }
-ENGINE = EngineConfig(**CHILD, scheduler=SchedulerConfig(), cache=CacheConfig(), facts=None)
+ENGINE = EngineConfig(**CHILD, cache=CacheConfig(), facts=None)
 SERVER = ServerConfig(
     **CHILD,
     http=HttpConfig(api_keys=("secret",)),
@@ -150,7 +151,8 @@ OF_ENGINES: list[tuple[str, object]] = [
 ]
 OF_SERVERS: list[tuple[str, object]] = [
     ("http.port", 65536),
-    ("http.max_num_queued_reqs", 0),
+    ("http.max_num_queued_reqs", -1),
+    ("http.max_num_seqs_per_request", 0),
     ("http.max_num_queued_tokens", "9"),
     ("http.api_keys", [1]),
     ("port", -1),
