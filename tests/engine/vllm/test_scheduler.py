@@ -135,9 +135,9 @@ def test_a_fault_of_ours_is_counted_and_theirs_go_on(
 
 
 def test_where_ours_cannot_start_theirs_does_and_one_line_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setenv(DIRECTORY_VARIABLE, "/nowhere")
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "missing"))
     with caplog.at_level(logging.ERROR):
         made = make_scheduler(vllm_config=vllm_config())
     assert type(made) is TheirScheduler

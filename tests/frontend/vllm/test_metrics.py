@@ -135,9 +135,9 @@ async def test_while_no_core_counts_their_answer_goes_out_as_it_is():
 
 
 async def test_without_a_directory_they_are_left_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setenv(DIRECTORY_VARIABLE, "/nowhere")
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "missing"))
     app = TheirApp()
     assert (await get(Metrics(app)))[2] == THEIRS
     assert app.asked[0]["headers"][0] == (b"accept-encoding", b"gzip")
