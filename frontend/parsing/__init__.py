@@ -7,7 +7,7 @@ events. It knows no HTTP and no tokens.
 from __future__ import annotations
 
 from frontend.parsing.formats import TOOL_FORMATS, ToolFormat, guess_tool_format
-from frontend.parsing.parts import Arguments, Call, Parser, Part, Reasoning, Text
+from frontend.parsing.parts import Arguments, Call, Parser, Part, Plain, Reasoning, Text, joined
 from frontend.parsing.reasoning import ReasoningParser
 from frontend.parsing.tool_calls import ToolCallParser
 
@@ -17,10 +17,12 @@ __all__ = [
     "Call",
     "Parser",
     "Part",
+    "Plain",
     "Reasoning",
     "ReasoningParser",
     "Text",
     "ToolCallParser",
     "ToolFormat",
     "guess_tool_format",
+    "joined",
 ]

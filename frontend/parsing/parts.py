@@ -44,6 +44,16 @@ class Parser(Protocol):
         """What is left when no more text comes."""
 
 
+class Plain:
+    """Reads an answer that is words and nothing else."""
+
+    def feed(self, text: str) -> list[Part]:
+        return [Text(text)]
+
+    def finish(self) -> list[Part]:
+        return []
+
+
 def joined(parts: list[Part]) -> list[Part]:
     """Neighbours of one kind as one part, and none without text."""
     found: list[Part] = []
