@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final
 
 import zmq
 
-from engine.wire import Facts, HttpConfig, ServerConfig
-from frontend.api import OpenAIService
+from engine.wire import QUEUED_REQS, QUEUED_TOKENS, Facts, ServerConfig
+from frontend.api import Conversations, OpenAIService, Terms
 from frontend.counters import GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
 from frontend.engines import Admission, Asked, EngineClients, Identity, InFlight, Limits, Observer
-from frontend.scrape import Exporter, Figures, Layouts, Pool, ScrapeResponder, boottime, load_report
+from frontend.scrape import Exporter, Layouts, Pool, PoolLoad, ScrapeResponder, boottime, load_report
 from frontend.text import Tokenizer
 from frontend.tracing import RequestTrace
 from metrics.bulkhead import Bulkhead
@@ -64,14 +64,13 @@ class Services:
         self.group = GroupCommit(self._commit, self._bulkhead)
         self.group.now()
         self._telemetry = _telemetry(config)
-        self._admission = self._make_admission(config)
         self.clients = EngineClients(
             context,
             config.directory,
             identity,
             self.record,
             self.group,
-            admit=self._admission.check,
+            self._make_admission(config),
             observe=None if self._telemetry is None else self._observe,
         )
         self.exporter = Exporter(
@@ -96,7 +95,7 @@ class Services:
     def is_busy(self) -> bool:
         return any(engine.num_in_flight for engine in self.record.engines)
 
-    def pool_figures(self) -> Figures | None:
+    def pool_figures(self) -> PoolLoad | None:
         """Of the engines heard; the same in every API server."""
         return self.pool.figures(self.exporter.heard())
 
@@ -150,17 +149,17 @@ class Services:
             group=self.group,
             tokenizer=tokenizer,
             served_model_names=config.model.served_model_names,
-            max_model_len=facts.max_model_len,
-            vocab_size=facts.vocab_size,
+            terms=terms_of(config, facts),
+            conversations=_conversations(config, tokenizer),
         )
 
     def _make_admission(self, config: ServerConfig) -> Admission:
         return Admission(
-            _limits(config.http),
+            queue_limits(config),
             own=self._own_in_flight,
             others=self._others_in_flight,
+            announce=self._announce,
             on_rejected=self._on_rejected,
-            clock=time.monotonic,
         )
 
     def _observe(self, asked: Asked) -> Observer:
@@ -190,6 +189,13 @@ class Services:
             return self.scrape.in_flight(including_own=False)
         return InFlight(0, 0)
 
+    def _announce(self, more: InFlight) -> None:
+        """On the gauges of one engine: whoever keeps a limit adds them up. What is taken back is committed with what
+        is submitted in its place, so that nobody sees neither."""
+        self.record.engines[0].announce(int(more.num_sequences), int(more.num_prefill_tokens))
+        if more.num_sequences > 0:
+            self.group.now()
+
     def _exemplify(self, histogram: Histogram, value: float, origin: Origin) -> None:
         if self._exemplars is not None:
             with self._bulkhead.around("record"):
@@ -200,8 +206,25 @@ class Services:
         self.group.soon()
 
 
-def _limits(http: HttpConfig) -> Limits:
-    return Limits(max_num_queued_reqs=http.max_num_queued_reqs, max_num_queued_tokens=http.max_num_queued_tokens)
+def queue_limits(config: ServerConfig) -> Limits:
+    """Those of the operator, 0 for none, or else so much for each engine."""
+    reqs, tokens = config.http.max_num_queued_reqs, config.http.max_num_queued_tokens
+    if reqs is None:
+        reqs = config.num_engines * max(QUEUED_REQS, 2 * config.scheduler.max_num_seqs)
+    if tokens is None:
+        tokens = config.num_engines * QUEUED_TOKENS
+    return Limits(max_num_queued_reqs=reqs or None, max_num_queued_tokens=tokens or None)
+
+
+def terms_of(config: ServerConfig, facts: Facts) -> Terms:
+    scheduler = config.scheduler
+    return Terms(
+        max_model_len=facts.max_model_len,
+        vocab_size=facts.vocab_size,
+        max_sequences=config.http.max_num_seqs_per_request,
+        max_prompt_tokens=None if scheduler.enable_chunked_prefill else scheduler.max_num_batched_tokens,
+        allows_priority=scheduler.scheduling_policy == "priority",
+    )
 
 
 def _telemetry(config: ServerConfig) -> Telemetry | None:
@@ -230,3 +253,12 @@ def _open_store(config: ServerConfig, layouts: Layouts) -> TallyStore:
     if store.set_aside is not None:
         log.error("event=tally_set_aside reason=%r", store.set_aside)
     return store
+
+
+def _conversations(config: ServerConfig, tokenizer: Tokenizer) -> Conversations:
+    chosen = config.chat.reasoning_parser
+    return Conversations(
+        tokenizer.chat_template,
+        tool_format=config.chat.tool_call_parser,
+        reasons=None if chosen == "auto" else chosen == "think",
+    )

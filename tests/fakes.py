@@ -14,7 +14,7 @@ from engine.schedule.batch import Batch, SampledToken, ScheduledSequence
 from engine.wire import Finish, SamplingParams, Start, Submit, TokenLogprobs
 from frontend.context import RequestContext
 from frontend.counters.group_commit import GroupCommit
-from frontend.engines import Asked, Delta
+from frontend.engines import Admission, Ask, Asked, Delta, InFlight, Limits
 from metrics.bulkhead import Bulkhead
 
 T = TypeVar("T")
@@ -157,6 +157,17 @@ def fake_asked(
     )
 
 
+def no_admission() -> Admission:
+    """Whoever comes is admitted."""
+    return Admission(
+        Limits(),
+        own=lambda: InFlight(0, 0),
+        others=lambda: InFlight(0, 0),
+        announce=lambda more: None,
+        on_rejected=lambda limit: None,
+    )
+
+
 def fake_group(commit: Callable[[], None]) -> GroupCommit:
     """A group commit whose faults nobody counts."""
     return GroupCommit(commit, Bulkhead(lambda where: None, logging.getLogger(__name__)))
@@ -240,6 +251,7 @@ class FakeAsk:
     sampling: SamplingParams
     n: int
     priority: int
+    cache_salt: str | None
     context: RequestContext
     generation: FakeGeneration
 
@@ -257,18 +269,30 @@ class FakeClients:
         self.asks: list[FakeAsk] = []
         self.has_taken_all = asyncio.Event()
 
-    def admit(self, num_sequences: int) -> None:
+    def check(self, num_sequences: int) -> None:
         pass
 
-    def submit(self, prompt_token_ids: list[int], asked: Asked) -> FakeGeneration:
-        wire.decode_from_api_server(
-            wire.encode(Submit(0, 1, prompt_token_ids, asked.sampling, asked.priority))
-        )  # or it raises
+    def submit(self, asks: Sequence[Ask]) -> list[FakeGeneration]:
+        return [self._begin(*ask) for ask in asks]
+
+    def _begin(self, prompt_token_ids: list[int], asked: Asked) -> FakeGeneration:
+        submit = Submit(0, 1, prompt_token_ids, asked.sampling, asked.priority, asked.n, asked.cache_salt)
+        wire.decode_from_api_server(wire.encode(submit))  # or it raises
         script = self.scripts.pop(0)
         if not self.scripts:
             self.has_taken_all.set()
         if isinstance(script, Exception):
             raise script
         generation = FakeGeneration(script, self.log)
-        self.asks.append(FakeAsk(prompt_token_ids, asked.sampling, asked.n, asked.priority, asked.context, generation))
+        self.asks.append(
+            FakeAsk(
+                prompt_token_ids,
+                asked.sampling,
+                asked.n,
+                asked.priority,
+                asked.cache_salt,
+                asked.context,
+                generation,
+            )
+        )
         return generation

@@ -27,6 +27,7 @@ WINGS = (  # folders with one door: outsiders import what the folder's `__init__
     "frontend.api",
     "frontend.text",
     "frontend.engines",
+    "frontend.parsing",
     "frontend.counters",
     "frontend.scrape",
     "frontend.tracing",

@@ -124,7 +124,7 @@ class TorchRunner:
         if not sampled:
             self._model.forward(inputs, self._kv_caches)
             return []
-        return self._sampler.sample(self._model.forward(inputs, self._kv_caches), sampled)
+        return self._sampler.sample(self._model.forward(inputs, self._kv_caches), sampled, batch.caught.append)
 
     def _warm_up(self) -> None:
         """Compile and load now what the first requests would wait for. It leaves traces in blocks that nobody owns."""

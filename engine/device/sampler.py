@@ -11,15 +11,15 @@ seed get one from the engine's seed and their id.
 Candidates are cut by a threshold on logits, so tokens that tie at the cut stay together.
 
 P10: what breaks in one sequence's sampling (logits that are not finite, parameters that exclude every token, a bug that
-its parameters meet) is that sequence's fault, and the others of the batch get their tokens. What the forward pass or
-the head raises ends the engine.
+its parameters meet) is that sequence's fault, and the others of the batch get their tokens. What breaks the sampling of
+them all together, and of none alone, ends nobody and is told. What the forward pass or the head raises ends the engine.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -47,8 +47,14 @@ class Sampler:
         self.eos_token_ids = eos_token_ids
 
     @torch.inference_mode()
-    def sample(self, hidden: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
-        """One token for each row of `hidden` (num_sequences, hidden), or the fault of that row's sequence.
+    def sample(
+        self,
+        hidden: torch.Tensor,
+        sequences: Sequence[ScheduledSequence],
+        on_caught: Callable[[Exception], None] = lambda error: None,
+    ) -> list[SampledToken]:
+        """One token for each row of `hidden` (num_sequences, hidden), or the fault of that row's sequence. `on_caught`
+        is told what the whole batch's sampling raised where no sequence alone does.
 
         Raises what the head raises: it is a part of the model, and its fault is the whole batch's."""
         greedy: list[int] = []
@@ -58,9 +64,10 @@ class Sampler:
         sampled: dict[int, SampledToken] = {}
         if greedy:
             best = self._head.best(_pick(hidden, greedy))
-            sampled.update(zip(greedy, [SampledToken(token, None) for token in best.tolist()], strict=True))
+            found = [_NOTHING_TO_SAMPLE if token < 0 else SampledToken(token, None) for token in best.tolist()]
+            sampled.update(zip(greedy, found, strict=True))
         if other:
-            found = self._sample_apart(_pick(hidden, other), [sequences[row] for row in other])
+            found = self._sample_apart(_pick(hidden, other), [sequences[row] for row in other], on_caught)
             sampled.update(zip(other, found, strict=True))
         # A head may make numbers of what is none. The sum is finite only if all is, and float16's own would overflow.
         if not hidden.sum(dtype=torch.float32).isfinite():
@@ -68,15 +75,21 @@ class Sampler:
                 sampled[row] = _NOTHING_TO_SAMPLE
         return [sampled[row] for row in range(len(sequences))]
 
-    def _sample_apart(self, hidden: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
+    def _sample_apart(
+        self, hidden: torch.Tensor, sequences: Sequence[ScheduledSequence], on_caught: Callable[[Exception], None]
+    ) -> list[SampledToken]:
         """The bulkhead between sequences: where one of them breaks the batch's sampling, each is sampled alone."""
         logits = self._head.logits(hidden)
         try:
             return self._sample_logits(logits, sequences)
-        except Exception:  # noqa: BLE001 - whose fault it is shows when each is sampled alone
-            # They were changed in place. Computed for the whole batch again, they are the same to the last bit.
-            logits = self._head.logits(hidden)
-        return [self._sample_alone(logits[row : row + 1], sequence) for row, sequence in enumerate(sequences)]
+        except Exception as error:  # noqa: BLE001 - whose fault it is shows when each is sampled alone
+            caught = error
+        # They were changed in place. Computed for the whole batch again, they are the same to the last bit.
+        logits = self._head.logits(hidden)
+        found = [self._sample_alone(logits[row : row + 1], sequence) for row, sequence in enumerate(sequences)]
+        if all(token.fault is None for token in found):
+            on_caught(caught)
+        return found
 
     def _sample_alone(self, logits: torch.Tensor, sequence: ScheduledSequence) -> SampledToken:
         try:

@@ -74,26 +74,31 @@ class EngineCore:
     # --- what arrives ---
 
     def submit(self, api_server: ApiServer, submit: Submit, now: float) -> None:
-        """Queue one sequence."""
-        self._recorder.accepted()
-        request = RequestState(self._next_sequence_id, api_server, submit, now)
-        self._next_sequence_id += 1
-        requests = self._by_request.setdefault(api_server, {})
+        """Queue n sequences."""
         refusal = self._scheduler.refusal(submit)
-        if submit.request_id in requests:
-            refusal = f"request id {submit.request_id} is in use"
         if submit.engine_incarnation != self._incarnation:
             refusal = f"meant for engine incarnation {submit.engine_incarnation}, this is {self._incarnation}"
-        if refusal is None:
-            requests[submit.request_id] = request
-            self._scheduler.add(request)
-        else:
-            request.finish_reason = "error"
-            request.message = refusal
-            self._recorder.finished("error")
-            output = Output(submit.request_id, 0, [], None, _finish(request), None)
-            self._pending.setdefault(api_server, []).append(output)
+        for index in range(submit.n):
+            self._recorder.accepted()
+            request = RequestState(self._next_sequence_id, api_server, submit, now, index)
+            self._next_sequence_id += 1
+            self._take(request, refusal)
         self._set_gauges()
+
+    def _take(self, request: RequestState, refusal: str | None) -> None:
+        """One sequence: to the queue, or refused."""
+        requests = self._by_request.setdefault(request.api_server, {})
+        if request.request_id in requests:
+            refusal = refusal or f"request id {request.request_id} is in use"
+        if refusal is None:
+            requests[request.request_id] = request
+            self._scheduler.add(request)
+            return
+        request.finish_reason = "error"
+        request.message = refusal
+        self._recorder.finished("error")
+        output = Output(request.request_id, 0, [], None, _finish(request), None)
+        self._pending.setdefault(request.api_server, []).append(output)
 
     def abort(self, api_server: ApiServer, request_ids: Sequence[int]) -> None:
         """End these by `abort`, without an output: the sender knows. Unknown ids are none of its running requests."""
@@ -136,6 +141,8 @@ class EngineCore:
         scheduled_at = self._clock()
         sampled = self._runner.run(batch)
         at = self._clock()
+        for error in batch.caught:
+            self._bulkhead.caught("sampling", error)
         stepped = self._scheduler.update(batch, sampled)
         self._scheduler.observe(batch.counts, at - started)
         self._add_outputs(stepped, sampled, outputs)

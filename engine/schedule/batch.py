@@ -77,10 +77,11 @@ class IterationCounts:
 
 @dataclass(slots=True)
 class Batch:
-    """One iteration's work; `sequences` is never empty."""
+    """One iteration's work; `sequences` is never empty. What the runner caught, and nobody ends by, is in `caught`."""
 
     sequences: list[ScheduledSequence]
     counts: IterationCounts = field(default_factory=IterationCounts)
+    caught: list[Exception] = field(default_factory=list)
 
 
 class SampledToken(NamedTuple):

@@ -10,7 +10,8 @@ Free means unused or reusable. `allocate` takes unused blocks first, then the le
 
 A hash names the contents of a full block *and* of everything before it (each hash covers its predecessor's), so that
 one equal hash means one equal prefix. It is a cryptographic hash, because an unlucky or chosen collision would answer
-one user with another user's context.
+one user with another user's context. A sequence's first block follows on its *root*, which is made of its cache salt:
+so sequences find each other's blocks only where they have the same salt, or none.
 """
 
 from __future__ import annotations
@@ -23,16 +24,25 @@ from collections.abc import Sequence
 HASH_BYTES = 16
 
 
+def root_hash(cache_salt: str | None) -> bytes:
+    """What a sequence's first block follows on; no block has such a name."""
+    if cache_salt is None:
+        return b""
+    return hashlib.blake2b(cache_salt.encode(), digest_size=HASH_BYTES, person=b"cache salt").digest()
+
+
 def block_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    """The name of one full block after the block named `previous` (b"" for a sequence's first)."""
+    """The name of one full block after the block named `previous`, or after the sequence's root."""
     return hashlib.blake2b(previous + array("q", token_ids).tobytes(), digest_size=HASH_BYTES).digest()
 
 
-def extend_hashes(hashes: list[bytes], token_ids: list[int], block_size: int, num_blocks: int) -> None:
+def extend_hashes(
+    hashes: list[bytes], token_ids: list[int], block_size: int, num_blocks: int, root: bytes = b""
+) -> None:
     """Append what is missing of a sequence's first `num_blocks` block hashes; these blocks must be full."""
     for index in range(len(hashes), num_blocks):
         tokens = token_ids[index * block_size : (index + 1) * block_size]
-        hashes.append(block_hash(hashes[-1] if hashes else b"", tokens))
+        hashes.append(block_hash(hashes[-1] if hashes else root, tokens))
 
 
 class BlockPool:
@@ -111,6 +121,13 @@ class BlockPool:
         if self.caches and name not in self._cached and self._hashes[block] is None:
             self._cached[name] = block
             self._hashes[block] = name
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Let these held blocks be found no more: what they hold may be wrong."""
+        for block in blocks:
+            name, self._hashes[block] = self._hashes[block], None
+            if name is not None:
+                del self._cached[name]
 
     def free(self, blocks: Sequence[int]) -> None:
         """Let go of one sequence's blocks. Its last is given away first: a prefix is of use without what follows it,

@@ -13,6 +13,7 @@ at and above it, computed for the first time. The newest token has never been co
 from __future__ import annotations
 
 from engine.schedule.batch import ScheduledSequence
+from engine.schedule.block_pool import root_hash
 from engine.wire import Submit
 
 
@@ -37,6 +38,7 @@ class RequestState:
         "order",
         "priority",
         "request_id",
+        "root_hash",
         "sampling",
         "scheduled",
         "scheduled_at",
@@ -45,17 +47,23 @@ class RequestState:
         "token_ids",
     )
 
-    def __init__(self, sequence_id: int, api_server: tuple[int, int], submit: Submit, arrived_at: float) -> None:
+    def __init__(
+        self, sequence_id: int, api_server: tuple[int, int], submit: Submit, arrived_at: float, index: int = 0
+    ) -> None:
+        """Sequence `index` of those that are submitted."""
         self.sequence_id = sequence_id  # grows with arrival
         self.api_server = api_server  # (index, incarnation)
-        self.request_id = submit.request_id  # unique within one api_server
+        self.request_id = submit.request_id + index  # unique within one api_server
         self.priority = submit.priority
         self.order = (submit.priority, sequence_id)  # who is served first, and preempted last
-        self.sampling = submit.sampling
+        self.sampling = submit.sampling.of_sequence(index)
         self.num_prompt_tokens = len(submit.prompt_token_ids)
-        self.token_ids = list(submit.prompt_token_ids)  # prompt, then output
+        # Prompt, then output. Until `begin` it is the one list of all n sequences. Measured, 15 prompts of 8,190 tokens
+        # with n = 128: 7 MiB, with a message and a list each 604.
+        self.token_ids = submit.prompt_token_ids
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the first full blocks, as far as they were needed
+        self.root_hash = root_hash(submit.cache_salt)
         # The one object the runner sees of this sequence in every iteration: making a new one for each token of each
         # sequence would cost a third of the scheduler's time.
         self.scheduled = ScheduledSequence(
@@ -80,3 +88,8 @@ class RequestState:
         self.finish_reason: str | None = None
         self.stop_token_id: int | None = None
         self.message: str | None = None  # why, when it ends by error
+
+    def begin(self, now: float) -> None:
+        """It is scheduled for the first time: from here on its tokens are its own."""
+        self.scheduled_at = now
+        self.token_ids = self.scheduled.token_ids = list(self.token_ids)

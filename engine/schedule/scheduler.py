@@ -7,7 +7,8 @@ Continuous batching under a token budget. Each iteration serves, in this order, 
 3. requests from the waiting queue, while there are blocks for the whole of what is known of them.
 
 Where somebody decodes, the tokens of 2 and 3 are bounded further by what iterations cost (`engine.schedule.pace`).
-Within each, by `RequestState.order`: priority, then arrival. The head of the queue is never overtaken.
+Within each, by `RequestState.order`: priority (all have the same, unless the operator lets clients choose), then
+arrival. The head of the queue is never overtaken.
 
 Blocks are taken for the whole known sequence at admission and one at a time while it grows, so only a decode can run
 out of them. Then the last in order among the running gives up its blocks and goes back to the queue; it is recomputed
@@ -89,6 +90,8 @@ class Scheduler:
         prompt, sampling, config = submit.prompt_token_ids, submit.sampling, self._config
         if not prompt:
             return "the prompt is empty"
+        if submit.priority and config.scheduling_policy != "priority":
+            return f"the priority is {submit.priority}; this engine serves who came first"
         if len(prompt) + 1 > self._max_model_len:
             return (
                 f"the prompt has {len(prompt)} tokens; with one token to generate it exceeds"
@@ -262,12 +265,15 @@ class Scheduler:
         if not self._pool.caches:
             return []
         num_blocks = (len(request.token_ids) - 1) // self._pool.block_size
-        extend_hashes(request.block_hashes, request.token_ids, self._pool.block_size, num_blocks)
+        self._extend_hashes(request, num_blocks)
         return self._pool.lookup(request.block_hashes[:num_blocks])
+
+    def _extend_hashes(self, request: RequestState, num_blocks: int) -> None:
+        extend_hashes(request.block_hashes, request.token_ids, self._pool.block_size, num_blocks, request.root_hash)
 
     def _note_admission(self, request: RequestState, counts: IterationCounts, now: float) -> None:
         if not request.num_preemptions:  # what a resumed request finds again is no hit: it was counted before
-            request.scheduled_at = now
+            request.begin(now)
             request.num_cached_tokens = request.num_computed_tokens
             if self._pool.caches:
                 counts.num_cache_queries += request.num_prompt_tokens
@@ -300,6 +306,7 @@ class Scheduler:
             stepped.append(request)
             if fault is not None:
                 request.message = fault
+                self._pool.forget(request.block_table)  # whatever broke it, others shall not meet it there
                 self._end(request, "error")
                 batch.counts.num_sampling_faults += 1
                 has_ended = True
@@ -322,7 +329,7 @@ class Scheduler:
 
     def _cache_blocks(self, request: RequestState, first: int, end: int) -> None:
         """Make blocks [first, end) of the sequence known: they are full now."""
-        extend_hashes(request.block_hashes, request.token_ids, self._pool.block_size, end)
+        self._extend_hashes(request, end)
         for index in range(first, end):
             self._pool.cache(request.block_table[index], request.block_hashes[index])
 

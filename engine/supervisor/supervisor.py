@@ -242,7 +242,6 @@ class Supervisor:
         config = self._config
         return EngineConfig(
             **self._child(action, lifeline_fd),
-            scheduler=config.scheduler,
             cache=config.cache,
             facts=self._machine.facts,
         )
@@ -251,6 +250,7 @@ class Supervisor:
         return ServerConfig(
             **self._child(action, lifeline_fd),
             http=self._config.http,
+            chat=self._config.chat,
             port=self._public.getsockname()[1],
             listen_fd=self._public.fileno(),
             admin_fd=self._admin[action.index].fileno(),
@@ -268,6 +268,7 @@ class Supervisor:
             "directory": str(self._directory.path),
             "lifeline_fd": lifeline_fd,
             "model": config.model,
+            "scheduler": config.scheduler,
             "stats": config.stats,
             "patience": config.patience,
         }

@@ -7,7 +7,7 @@ it is decoded; what does not fit raises `WireError`, and the receiver counts it 
 from __future__ import annotations
 
 from engine.bounds import default, limits
-from engine.config import HttpConfig
+from engine.config import QUEUED_REQS, QUEUED_TOKENS
 from engine.wire.codec import WIRE_VERSION, WireError, encode
 from engine.wire.deployment import (
     DEPLOYMENT_TOPIC,
@@ -24,6 +24,7 @@ from engine.wire.deployment import (
 from engine.wire.lifeline import STOP_SIGNAL, Lifeline, make_lifeline, obey_the_supervisor_alone, read_reports
 from engine.wire.messages import (
     FINISH_REASONS,
+    MAX_SALT_CHARS,
     Abort,
     Finish,
     Goodbye,
@@ -47,6 +48,9 @@ __all__ = [
     "LEAST_TEMPERATURE",
     "MAX_BIAS",
     "MAX_LOGPROBS",
+    "MAX_SALT_CHARS",
+    "QUEUED_REQS",
+    "QUEUED_TOKENS",
     "STOP_SIGNAL",
     "WIRE_VERSION",
     "Abort",
@@ -58,7 +62,6 @@ __all__ = [
     "Finish",
     "Goodbye",
     "Hello",
-    "HttpConfig",
     "Lifeline",
     "Output",
     "Outputs",

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple, get_args, get_type_hints
 import msgpack
 import msgspec
 
-WIRE_VERSION: Final = 2
+WIRE_VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
 MAX_COMPLAINT_CHARS: Final = 200  # a message may be 64 MiB, and is never shown whole
 

@@ -19,6 +19,8 @@ from engine.wire.codec import WireError, decode, kinds
 from engine.wire.sampling import SamplingParams, TokenLogprobs
 
 FINISH_REASONS: Final = ("stop", "length", "abort", "error", "repetition")
+MAX_N: Final = 128
+MAX_SALT_CHARS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +36,16 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """One sequence to generate. `request_id` is the sender's own, unique within its incarnation."""
+    """One prompt, and n sequences to generate from it. Their ids are `request_id` and the n - 1 after it, the sender's
+    own, unique within its incarnation. What was computed under one `cache_salt` is never found under another."""
 
     request_id: Count
     engine_incarnation: Count
     prompt_token_ids: list[Count]
     sampling: SamplingParams
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0  # lower is served earlier
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] = 1
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ checks again on arrival, because a message from another process is input from ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 from msgspec import Meta
@@ -56,3 +56,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+
+    def of_sequence(self, index: int) -> SamplingParams:
+        """Those of one of n sequences of a request: with a seed, they do not draw alike."""
+        if self.seed is None or index == 0:
+            return self
+        return replace(self, seed=(self.seed + 2**63 + index) % 2**64 - 2**63)

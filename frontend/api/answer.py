@@ -78,20 +78,35 @@ class Piece:
 class _Choice:
     """One sequence: its text, and the piece that is being gathered."""
 
-    __slots__ = ("_parser", "_piece", "_shows_stop_token", "_text", "is_finished", "num_cached_tokens")
+    __slots__ = (
+        "_is_silent",
+        "_parser",
+        "_piece",
+        "_shows_stop_token",
+        "_text",
+        "is_finished",
+        "num_cached_tokens",
+    )
 
-    def __init__(self, number: int, text: SequenceText, parser: Parser | None, *, shows_stop_token: bool) -> None:
+    def __init__(
+        self, number: int, text: SequenceText, parser: Parser | None, *, shows_stop_token: bool, is_silent: bool
+    ) -> None:
         self._piece = Piece(number)
         self._text = text
         self._parser = parser
         self._shows_stop_token = shows_stop_token
+        self._is_silent = is_silent
         self.is_finished = False
         self.num_cached_tokens: int | None = None  # known with the first token
 
     def take(self, delta: Delta) -> int:
-        """Add the tokens; returns how many came after a stop string and belong to no answer."""
+        """Add the tokens; returns how many came after the answer's end."""
         if delta.start is not None:
             self.num_cached_tokens = delta.start.num_cached_tokens
+        if self._is_silent:
+            self._piece.finish_reason = "length"
+            self.is_finished = True
+            return len(delta.token_ids)
         if delta.finish is None and delta.logprobs is None and not self._text.is_searched:
             self._say(self._text.append_all(delta.token_ids))
             self._piece.num_tokens += len(delta.token_ids)
@@ -156,7 +171,7 @@ class _Choice:
 
 
 class Answer:
-    """All choices of a request: prompt p's sequence i is choice p * n + i."""
+    """All choices of a request: prompt p's sequence i is choice p * n + i. A silent one has no tokens."""
 
     def __init__(
         self,
@@ -167,6 +182,7 @@ class Answer:
         num_prompt_tokens: int,
         new_parser: Callable[[], Parser] | None = None,
         shows_stop_token: bool = False,
+        is_silent: bool = False,
     ) -> None:
         self._generations = generations
         self._num_prompt_tokens = num_prompt_tokens
@@ -178,6 +194,7 @@ class Answer:
                 new_text(),
                 None if new_parser is None else new_parser(),
                 shows_stop_token=shows_stop_token,
+                is_silent=is_silent,
             )
             for number in numbers
         ]
@@ -224,10 +241,11 @@ class Answer:
             return
         if delta.finish is not None and delta.finish.reason == "error":
             raise GenerationFailed(delta.finish.message or "the engine failed on this request")
-        num_past_stop = choice.take(delta)
+        num_past_end = choice.take(delta)
         if choice.has_stopped:
             generation.stop(delta.index)
-            generation.undelivered(num_past_stop, "stop")
+        if num_past_end:
+            generation.undelivered(num_past_end, "stop")
 
     def deliver_ready(self) -> tuple[list[Piece], bool]:
         """`take`, and `deliver` all of it. Whether these are the answer's last pieces."""

@@ -16,23 +16,25 @@ from typing import Any, Final, ParamSpec, Protocol, TypeVar
 from aiohttp import web
 
 from frontend.api.answer import Answer, TokenSource
+from frontend.api.conversations import WORDS_ONLY, Conversations, Reading
 from frontend.api.delivery import stream, whole
 from frontend.api.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
     Prompt,
+    Terms,
     check_token_ids,
     parse_request,
     too_long,
 )
-from frontend.api.replies import ChatReply, CompletionReply, Reply
+from frontend.api.replies import ChatReply, CompletionReply, ContinuousUsage, Reply
 from frontend.context import TRACE_HEADERS, RequestContext
 from frontend.counters import GroupCommit
-from frontend.engines import Asked
+from frontend.engines import Ask, Asked
 from frontend.errors import ApiError, BadRequest, NotFound, UnsupportedMediaType
 from frontend.routes import Handler, Route, route_of
-from frontend.text import ChatTemplateError, SequenceText, Stops, StopStrings, Tokenizer
+from frontend.text import SequenceText, Stops, StopStrings, Tokenizer
 
 # More is read, rendered and tokenised in a thread. Measured: 0.7 to 8 µs a character of text, 14 µs a message.
 LONG_BODY: Final = 16_384  # bytes
@@ -47,15 +49,15 @@ Answering = Coroutine[Any, Any, web.StreamResponse]
 class Clients(Protocol):
     """The engines, seen from here; `frontend.engines.engine_client` has them."""
 
-    def admit(self, num_sequences: int) -> None:
-        """Raises EngineUnavailable, TooManyRequests where so many could not be submitted now."""
+    def check(self, num_sequences: int) -> None:
+        """Raises what `submit` would for so many sequences now."""
 
-    def submit(self, prompt_token_ids: list[int], asked: Asked) -> TokenSource:
-        """Raises EngineUnavailable, TooManyRequests."""
+    def submit(self, asks: Sequence[Ask]) -> Sequence[TokenSource]:
+        """All prompts of a request, or none. Raises EngineUnavailable, BadRequest, TooManyRequests."""
 
 
 class OpenAIService:
-    """One model behind the OpenAI API. `vocab_size` is the model's, which may be padded beyond the tokenizer's."""
+    """One model behind the OpenAI API."""
 
     def __init__(
         self,
@@ -64,16 +66,16 @@ class OpenAIService:
         group: GroupCommit,
         tokenizer: Tokenizer,
         served_model_names: Sequence[str],
-        max_model_len: int,
-        vocab_size: int,
+        terms: Terms,
+        conversations: Conversations | None = None,
         created_unix: int | None = None,
     ) -> None:
         self._clients = clients
         self._group = group
         self._tokenizer = tokenizer
         self._names = tuple(served_model_names)
-        self._max_model_len = max_model_len
-        self._vocab_size = vocab_size
+        self._terms = terms
+        self._conversations = conversations or Conversations(tokenizer.chat_template)
         self._working_aside = asyncio.Semaphore(MAX_ASIDE)
         self._created_unix = int(time.time()) if created_unix is None else created_unix
 
@@ -82,6 +84,7 @@ class OpenAIService:
         arrived_at = time.monotonic()
         body = await read_json(http)
         request = await self._aside(len(body) > LONG_BODY, parse_request, CompletionRequest, body)
+        request.check_terms(self._terms)
         context = self._context(http, request, "cmpl", arrived_at)
         prompts = await self._token_ids(request.prompt, request)
         echoes = [self._prompt_text(prompt, request) for prompt in request.prompt] if request.echo else []
@@ -91,7 +94,7 @@ class OpenAIService:
             n=request.n,
             echoes=echoes,
         )
-        return await self._answer(http, request, prompts, reply, context)
+        return await self._answer(http, request, prompts, reply, context, is_silent=request.asks_for_echo_alone)
 
     async def chat_completions(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
@@ -99,11 +102,13 @@ class OpenAIService:
         body = await read_json(http)
         is_long = len(body) > LONG_BODY
         request = await self._aside(is_long, parse_request, ChatRequest, body)
+        request.check_terms(self._terms)
         context = self._context(http, request, "chatcmpl", arrived_at)
-        conversation = await self._aside(is_long, self._conversation, request)
+        conversation = await self._aside(is_long, self._conversations.render, request, datetime.now())
         prompts = await self._token_ids([conversation], request)
         reply = ChatReply(**_heading(context, request), token_bytes=self._tokenizer.token_bytes)
-        return await self._answer(http, request, prompts, reply, context)
+        reading = self._conversations.reading(request, conversation)
+        return await self._answer(http, request, prompts, reply, context, reading=reading)
 
     async def models(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/models."""
@@ -123,7 +128,7 @@ class OpenAIService:
             "owned_by": "wholebatch",
             "root": name,
             "parent": None,
-            "max_model_len": self._max_model_len,
+            "max_model_len": self._terms.max_model_len,
         }
 
     def _known(self, name: str) -> str:
@@ -144,28 +149,15 @@ class OpenAIService:
             trace_headers={name: http.headers[name] for name in TRACE_HEADERS if name in http.headers},
         )
 
-    def _conversation(self, request: ChatRequest) -> str:
-        template = self._tokenizer.chat_template
-        if template is None:
-            raise BadRequest("this model has no chat template: use /v1/completions", param="messages")
-        try:
-            return template.render(
-                [message.model_dump(exclude_none=True) for message in request.messages],
-                now=datetime.now(),
-                add_generation_prompt=request.add_generation_prompt,
-                arguments=request.chat_template_kwargs,
-            )
-        except ChatTemplateError as error:
-            raise BadRequest(str(error), param="messages") from error
-
     async def _token_ids(self, prompts: Sequence[Prompt], request: GenerationRequest) -> list[list[int]]:
         """Each prompt's. What cannot be served is refused before anything is tokenised."""
-        self._clients.admit(len(prompts) * request.n)
+        self._clients.check(request.num_sequences)
+        max_model_len = self._terms.max_model_len
         for prompt in prompts:
             if isinstance(prompt, list):
-                check_token_ids(prompt, self._vocab_size, request.PROMPT_PARAM)
-            elif not self._tokenizer.can_fit(prompt, self._max_model_len):
-                raise too_long(f"your prompt has {len(prompt)} characters", self._max_model_len, request.PROMPT_PARAM)
+                check_token_ids(prompt, self._terms.vocab_size, request.PROMPT_PARAM)
+            elif not self._tokenizer.can_fit(prompt, max_model_len):
+                raise too_long(f"your prompt has {len(prompt)} characters", max_model_len, request.PROMPT_PARAM)
         num_characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         return await self._aside(num_characters > LONG_TEXT, self._encode, prompts, request)
 
@@ -200,31 +192,26 @@ class OpenAIService:
         prompts: list[list[int]],
         reply: Reply,
         context: RequestContext,
+        *,
+        is_silent: bool = False,
+        reading: Reading = WORDS_ONLY,
     ) -> web.StreamResponse:
-        samplings = [
-            request.sampling(
-                num_prompt_tokens=len(prompt), max_model_len=self._max_model_len, vocab_size=self._vocab_size
-            )
-            for prompt in prompts
-        ]
+        asks = [Ask(prompt, self._asked(len(prompt), request, context)) for prompt in prompts]
+        options = request.stream_options
+        if options.include_usage and options.continuous_usage_stats:
+            reply = ContinuousUsage(reply, [len(prompt) for prompt in prompts], request.n)
         generations: list[TokenSource] = []
         try:
-            for prompt, sampling in zip(prompts, samplings, strict=True):
-                asked = Asked(
-                    context=context,
-                    num_prompt_tokens=len(prompt),
-                    sampling=sampling,
-                    n=request.n,
-                    priority=request.priority,
-                )
-                generations.append(self._clients.submit(prompt, asked))
+            generations += self._clients.submit(asks)
             stops = Stops(request.stop, includes_stop=request.include_stop_str_in_output)
             answer = Answer(
                 generations,
-                lambda: self._sequence_text(request, stops),
+                lambda: self._sequence_text(request, stops, reading),
+                new_parser=reading.new_parser,
                 n=request.n,
                 num_prompt_tokens=sum(map(len, prompts)),
                 shows_stop_token=request.include_stop_str_in_output,
+                is_silent=is_silent,
             )
             if request.stream:
                 return await stream(http, answer, reply, self._group)
@@ -239,9 +226,20 @@ class OpenAIService:
             for generation in generations:
                 generation.close()
 
-    def _sequence_text(self, request: GenerationRequest, stops: Stops) -> SequenceText:
+    def _asked(self, num_prompt_tokens: int, request: GenerationRequest, context: RequestContext) -> Asked:
+        return Asked(
+            context=context,
+            num_prompt_tokens=num_prompt_tokens,
+            sampling=request.sampling(num_prompt_tokens, self._terms),
+            n=request.n,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+        )
+
+    def _sequence_text(self, request: GenerationRequest, stops: Stops, reading: Reading) -> SequenceText:
+        skips_special_tokens = request.skip_special_tokens and not reading.needs_special_tokens
         return SequenceText(
-            self._tokenizer.detokenizer(skip_special_tokens=request.skip_special_tokens),
+            self._tokenizer.detokenizer(skip_special_tokens=skips_special_tokens),
             StopStrings(stops),
             min_tokens=request.min_tokens,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from frontend.parsing import Arguments, Call, Part, Reasoning, Text
 TokenBytes = Callable[[int], bytes]
 DONE = "data: [DONE]\n\n"
 NO_TEXT = "\0"  # stands where a text will be
+NO_USAGE = '"usage":null}\n\n'  # ends an event
 
 _quote = json.JSONEncoder().encode  # of a text: what json.dumps makes of it. ASCII only
 
@@ -82,6 +84,29 @@ class _Envelope:
     def last_events(self, usage: Usage) -> str:
         """The usage, where it was asked for, comes with no choice."""
         return (event(self.of([], usage)) if self._has_usage else "") + DONE
+
+
+class ContinuousUsage:
+    """A reply of which every event says what its choice has used up to then, where others say null."""
+
+    def __init__(self, reply: Reply, num_prompt_tokens: Sequence[int], n: int) -> None:
+        self._reply = reply
+        self._num_prompt_tokens = num_prompt_tokens
+        self._n = n
+        self._num_tokens: Counter[int] = Counter()  # by choice
+
+    def events(self, piece: Piece) -> str:
+        self._num_tokens[piece.choice] += piece.num_tokens
+        usage = Usage(self._num_prompt_tokens[piece.choice // self._n], self._num_tokens[piece.choice], None)
+        said = json.dumps(_usage(usage), separators=(",", ":"))
+        # No text holds this: in JSON its quotes and line ends would be escaped.
+        return self._reply.events(piece).replace(NO_USAGE, f'"usage":{said}}}\n\n')
+
+    def last_events(self, usage: Usage) -> str:
+        return self._reply.last_events(usage)
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        return self._reply.whole(choices, usage)
 
 
 class CompletionReply:

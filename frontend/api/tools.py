@@ -86,11 +86,10 @@ def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 def decoded_calls(message: Message, place: str) -> Message:
     """A message whose calls have their arguments as values, as templates expect. Raises BadRequest."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return {key: value for key, value in message.items() if key != "tool_calls"}
+    if "tool_calls" not in message:
+        return message
     decoded = []
-    for number, call in enumerate(calls):
+    for number, call in enumerate(message["tool_calls"]):
         function = call["function"]
         try:
             arguments = json.loads(function["arguments"] or "{}")

@@ -119,6 +119,7 @@ class EngineRecord:
         self._num_gaps = 0
         self.num_in_flight = 0
         self.num_prefill_tokens = 0
+        self._num_announced = [0, 0]  # sequences and prompt tokens that the gauges show besides
 
     @property
     def num_received(self) -> int:
@@ -151,7 +152,13 @@ class EngineRecord:
         """The prompt of a submitted sequence is to be computed; less than 0: that is over, by a token or its end."""
         self.num_prefill_tokens += num_prompt_tokens
         assert self.num_prefill_tokens >= 0, "more prompt tokens were computed than submitted"
-        self._tally.set(self._prefill_tokens, self.num_prefill_tokens)
+        self._show()
+
+    def announce(self, num_sequences: int, num_prompt_tokens: int) -> None:
+        """So many more are about to be submitted, to any engine; less than 0: no longer. The gauges show it."""
+        self._num_announced[0] += num_sequences
+        self._num_announced[1] += num_prompt_tokens
+        self._show()
 
     def first_token(self, seconds: float, origin: Origin | None = None) -> None:
         """A sequence's first token came, so long after the request."""
@@ -179,9 +186,9 @@ class EngineRecord:
         """A snapshot was not newer than the one held."""
         self._tally.inc(self._stale_snapshots)
 
-    def gave_up(self, reason: str, num_sequences: int = 1) -> None:
-        """Sequences ended by abort or error; no histogram observes them."""
-        self._tally.inc(self._success[reason], num_sequences)
+    def gave_up(self, reason: str) -> None:
+        """A sequence ended by abort or error; no histogram observes it."""
+        self._tally.inc(self._success[reason])
 
     def finished(self, sequence: FinishedSequence) -> None:
         """A sequence ended as it should."""
@@ -245,7 +252,12 @@ class EngineRecord:
     def _set_in_flight(self, num_sequences: int) -> None:
         assert num_sequences >= 0, "more sequences ended than were submitted"
         self.num_in_flight = num_sequences
-        self._tally.set(self._in_flight, num_sequences)
+        self._show()
+
+    def _show(self) -> None:
+        num_sequences, num_prompt_tokens = self._num_announced
+        self._tally.set(self._in_flight, self.num_in_flight + num_sequences)
+        self._tally.set(self._prefill_tokens, self.num_prefill_tokens + num_prompt_tokens)
 
 
 _HISTOGRAMS: Final = (

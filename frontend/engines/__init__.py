@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from frontend.engines.admission import Admission, InFlight, Limits
 from frontend.engines.engine_client import EngineClients, Identity
-from frontend.engines.generation import Asked, Delta, Generation, Observer
+from frontend.engines.generation import Ask, Asked, Delta, Generation, Observer
 
 __all__ = [
     "Admission",
+    "Ask",
     "Asked",
     "Delta",
     "EngineClients",

@@ -12,18 +12,19 @@ send.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import zmq
 
 from engine import wire
-from engine.wire import Abort, Deployment, Goodbye, Hello, Output, Outputs, SamplingParams, Submit, WireError
+from engine.wire import Abort, Deployment, Goodbye, Hello, Output, Outputs, Submit, WireError
 from frontend.counters import EngineRecord, GroupCommit, RequestRecord
-from frontend.engines.generation import Asked, Generation, Observer, SequenceState
+from frontend.engines.admission import Admission
+from frontend.engines.generation import Ask, Asked, Generation, Observer, SequenceState
 from frontend.engines.routing import Router
 from frontend.errors import ApiError, EngineLost, EngineUnavailable, TooManyRequests
 from frontend.sockets import Messages, SocketReader
@@ -145,8 +146,7 @@ class EngineConnection:
 
 class EngineClients:
     """All engines: chooses one for each request, follows the deployment table through their ends and starts.
-    `admit` raises ApiError where a request for n sequences may not join the queue; `observe` gives each request its
-    observer."""
+    `observe` gives each prompt its observer."""
 
     def __init__(
         self,
@@ -155,8 +155,8 @@ class EngineClients:
         identity: Identity,
         record: RequestRecord,
         group: GroupCommit,
+        admission: Admission,
         *,
-        admit: Callable[[int], None] = lambda n: None,
         observe: Callable[[Asked], Observer] | None = None,
     ) -> None:
         self._context = context
@@ -164,11 +164,11 @@ class EngineClients:
         self._identity = identity
         self._record = record
         self._group = group
-        self._admit = admit
+        self._admission = admission
         self._observe = observe
         self._clock = time.monotonic
         self._is_closed = False
-        self._request_ids = itertools.count(1)
+        self._next_request_id = 1
         self._connections: list[EngineConnection | None] = [None] * len(record.engines)
         self._not_before = [0.0] * len(record.engines)  # when to connect again, after a Goodbye
         self._faults = FaultLog(log)
@@ -178,41 +178,66 @@ class EngineClients:
     def has_ready_engine(self) -> bool:
         return self.router.has_ready()
 
-    def admit(self, num_sequences: int) -> None:
+    def check(self, num_sequences: int) -> None:
         """Raises what `submit` would for so many sequences now: ask before what is costly, such as tokenising."""
         self._choose()
-        self._admit(num_sequences)
+        self._admission.check(num_sequences)
 
-    def submit(self, prompt_token_ids: list[int], asked: Asked) -> Generation:
-        """Send n sequences to the least loaded engine; sequence i of a seeded request has seed + i. The caller closes
-        the generation. Raises EngineUnavailable (no engine is ready), Overloaded (a limit is reached) or
-        TooManyRequests (the engine takes no more messages)."""
-        observer = None if self._observe is None else self._observe(asked)
+    def submit(self, asks: Sequence[Ask]) -> list[Generation]:
+        """Send one request's prompts, each with its n sequences to the least loaded engine: all of them, or none. The
+        caller closes the generations. Raises EngineUnavailable (no engine is ready), BadRequest or Overloaded (a limit
+        would be passed), or TooManyRequests (an engine takes no more messages)."""
+        observers = [None if self._observe is None else self._observe(ask.asked) for ask in asks]
         try:
-            return self._submit(prompt_token_ids, asked, observer)
+            return self._submit(asks, observers)
         except ApiError as error:
-            if observer is not None:
-                observer.refused(error)
+            for observer in observers:
+                if observer is not None:
+                    observer.refused(error)
             raise
 
-    def _submit(self, prompt_token_ids: list[int], asked: Asked, observer: Observer | None) -> Generation:
-        sampling, n = asked.sampling, asked.n
-        engine, connection = self._choose()
-        self._admit(n)
-        if not connection.can_submit():
-            self._record.rejected("max_num_queued_reqs")
-            raise TooManyRequests("the engine's queue is full, try again", code="queue_full")
-        ids = [next(self._request_ids) for _ in range(n)]
+    def _submit(self, asks: Sequence[Ask], observers: Sequence[Observer | None]) -> list[Generation]:
+        engines = self._choose_for(asks)
+        asked = [ask.asked for ask in asks]
+        self._admission.admit(sum(one.n for one in asked), sum(one.n * one.num_prompt_tokens for one in asked))
+        begun = [self._begin(*one) for one in zip(engines, asked, observers, strict=True)]
+        self._group.now()  # P4: what is sent has been counted. Not awaited: a client that goes now changes nothing
+        for ask, (connection, generation) in zip(asks, begun, strict=True):
+            message = Submit(
+                request_id=generation.sequences[0].request_id,
+                engine_incarnation=connection.incarnation,
+                prompt_token_ids=ask.prompt_token_ids,
+                sampling=ask.asked.sampling,
+                priority=ask.asked.priority,
+                n=ask.asked.n,
+                cache_salt=ask.asked.cache_salt,
+            )
+            if not connection.submit(message):
+                generation.fail(EngineLost("the engine takes no more requests", code="engine_lost"))
+        return [generation for _, generation in begun]
+
+    def _choose_for(self, asks: Sequence[Ask]) -> list[EngineConnection]:
+        """An engine for each prompt, as if those before were there already."""
+        found = []
+        num_chosen: Counter[int] = Counter()
+        for ask in asks:
+            engine, connection = self._choose(num_chosen)
+            if not connection.can_submit():
+                self._record.rejected("max_num_queued_reqs")
+                raise TooManyRequests("the engine's queue is full, try again", code="queue_full")
+            num_chosen[engine] += ask.asked.n
+            found.append(connection)
+        return found
+
+    def _begin(
+        self, connection: EngineConnection, asked: Asked, observer: Observer | None
+    ) -> tuple[EngineConnection, Generation]:
+        """Count a prompt's sequences as submitted, and expect outputs of them."""
+        ids = range(self._next_request_id, self._next_request_id + asked.n)
+        self._next_request_id += asked.n
         generation = Generation(connection, connection.record, self._group, self._clock, asked, ids, observer)
         connection.begin(generation)
-        self._group.now()  # P4: what is sent has been counted. Not awaited: a client that goes now changes nothing
-        for sequence in generation.sequences:
-            own = sampling if n == 1 else _nth(sampling, sequence.index)
-            message = Submit(sequence.request_id, connection.incarnation, prompt_token_ids, own, asked.priority)
-            if not connection.submit(message):
-                generation.fail(EngineLost(f"engine {engine} takes no more requests", code="engine_lost"))
-                break
-        return generation
+        return connection, generation
 
     def on_load(self, engine: int, load: float) -> None:
         """A snapshot of the engine said how many sequences run and wait there."""
@@ -237,17 +262,19 @@ class EngineClients:
         for engine in range(len(self._connections)):
             self._end(engine, "the API server ends")
 
-    def _choose(self) -> tuple[int, EngineConnection]:
-        self._tell_router()
+    def _choose(self, num_chosen: Mapping[int, int] | None = None) -> tuple[int, EngineConnection]:
+        """The least loaded engine; `num_chosen` sequences more are about to be sent."""
+        self._tell_router(num_chosen)
         engine = self.router.choose()
         connection = None if engine is None else self._connections[engine]
         if engine is None or connection is None:
             raise EngineUnavailable("no engine is ready, try again", code="engine_unavailable")
         return engine, connection
 
-    def _tell_router(self) -> None:
+    def _tell_router(self, num_chosen: Mapping[int, int] | None = None) -> None:
         for engine, connection in enumerate(self._connections):
-            self.router.on_open(engine, 0 if connection is None else connection.num_open)
+            num_open = 0 if connection is None else connection.num_open
+            self.router.on_open(engine, num_open + (num_chosen or {}).get(engine, 0))
 
     def _connect(self, engine: int, incarnation: int) -> None:
         record = self._record.engines[engine]
@@ -292,10 +319,3 @@ class EngineClients:
     def _on_rejected(self, error: WireError) -> None:
         self._record.wire_rejected("from_engine")
         self._faults.rejected("from_engine", error)
-
-
-def _nth(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Sequence `index` of a request for n."""
-    if sampling.seed is None:
-        return sampling
-    return replace(sampling, seed=(sampling.seed + 2**63 + index) % 2**64 - 2**63)

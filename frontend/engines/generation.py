@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.wire import Finish, Output, SamplingParams, Start, TokenLogprobs
 from frontend.context import RequestContext
@@ -51,6 +51,14 @@ class Asked:
     sampling: SamplingParams
     n: int = 1
     priority: int = 0
+    cache_salt: str | None = None
+
+
+class Ask(NamedTuple):
+    """One prompt of a request."""
+
+    prompt_token_ids: list[int]
+    asked: Asked
 
 
 class Observer(Protocol):
@@ -203,12 +211,7 @@ class Generation:
         reasons = {sequence.reason for sequence in self.sequences}
         assert None not in reasons, "a request is finished while a sequence of it is open"
         reason = next(reason for reason in REASON_ORDER if reason in reasons)
-        for sequence in self.sequences:
-            assert sequence.reason is not None
-            if sequence.reason in OBSERVED_REASONS:
-                self._record.finished(self._finished(sequence, sequence.reason))
-            else:
-                self._record.gave_up(sequence.reason)
+        self._count_sequences()
         latency_s = self._clock() - self._asked.context.arrived_at
         num_tokens = [sequence.num_tokens for sequence in self.sequences]
         self._record.request_ended(EndedRequest(reason=reason, num_tokens=num_tokens, latency_s=latency_s))
@@ -227,14 +230,22 @@ class Generation:
         if self._num_held:
             self.undelivered(self._num_held, "error" if failed else "disconnect")
         if not self._is_finished:
-            reason = "error" if failed else "abort"
-            self._record.gave_up(reason, len(self.sequences))
-            self._record.request_gave_up(reason)
+            self._count_sequences()
+            self._record.request_gave_up("error" if failed else "abort")
         self._group.soon()
         if self._observer is not None:
             self._observer.closed(self)
 
     # --- inside ---
+
+    def _count_sequences(self) -> None:
+        """Each by its own reason, as vLLM does: one that had ended before the request was given up, ended as it did."""
+        for sequence in self.sequences:
+            assert sequence.reason is not None, "a sequence is open at its request's end"
+            if sequence.reason in OBSERVED_REASONS:
+                self._record.finished(self._finished(sequence, sequence.reason))
+            else:
+                self._record.gave_up(sequence.reason)
 
     def _observe_tokens(self, sequence: SequenceState, num_tokens: int, at: float) -> None:
         if self._observer is not None:

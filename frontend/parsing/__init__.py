@@ -6,7 +6,7 @@ events. It knows no HTTP and no tokens.
 
 from __future__ import annotations
 
-from frontend.parsing.formats import TOOL_FORMATS, ToolFormat, guess_tool_format
+from frontend.parsing.formats import TOOL_FORMATS, guess_tool_format
 from frontend.parsing.parts import Arguments, Call, Parser, Part, Plain, Reasoning, Text, joined
 from frontend.parsing.reasoning import ReasoningParser
 from frontend.parsing.tool_calls import ToolCallParser
@@ -22,7 +22,6 @@ __all__ = [
     "ReasoningParser",
     "Text",
     "ToolCallParser",
-    "ToolFormat",
     "guess_tool_format",
     "joined",
 ]

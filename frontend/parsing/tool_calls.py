@@ -96,8 +96,11 @@ class ToolCallParser:
         for mark in (self._shape.opening, self._shape.closing):
             if mark and self._rest.startswith(mark):
                 return self._mark(mark)
-            if mark and self._rest and not is_last and mark.startswith(self._rest):
-                return []  # perhaps it is one
+            if mark and self._rest and mark.startswith(self._rest):
+                if is_last and not self._raw:
+                    self._rest = ""  # the answer was cut short within it
+                if not is_last or not self._raw:
+                    return []  # perhaps it is one
         self._skip(_SEPARATORS + "[]")
         if self._rest.startswith("{"):
             self._scanner = CallScanner(self._num_calls)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from frontend.scrape.discovery import OWN_PATH, PROCESSES_PATH, targets
 from frontend.scrape.exporter import Exporter, boottime
-from frontend.scrape.pool import Figures, Pool, load_report
+from frontend.scrape.pool import Pool, PoolLoad, load_report
 from frontend.scrape.request import ScrapeRequest, scrape_request
 from frontend.scrape.scrape import Layouts, ScrapeResponder
 
@@ -16,9 +16,9 @@ __all__ = [
     "OWN_PATH",
     "PROCESSES_PATH",
     "Exporter",
-    "Figures",
     "Layouts",
     "Pool",
+    "PoolLoad",
     "ScrapeRequest",
     "ScrapeResponder",
     "boottime",

@@ -40,7 +40,7 @@ _HELP_OF_OLD: Final = f"{CACHE_USAGE} under its older name."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class PoolLoad:
     """`kv_usage` is the used share of all blocks: every engine of a deployment has the same number of them, so it is
     the mean over engines."""
 
@@ -57,22 +57,22 @@ class Pool:
         self._facts = facts
         self._cells = [layout.cell(name) for name in (RUNNING, WAITING, CACHE_USAGE)]
 
-    def figures(self, snapshots: Iterable[Snapshot]) -> Figures | None:
+    def figures(self, snapshots: Iterable[Snapshot]) -> PoolLoad | None:
         """One snapshot an engine; None where there is none."""
         tallies = [memoryview(snapshot.cells).cast("d") for snapshot in snapshots]
         if not tallies:
             return None
         running, waiting, usage = (sum(tally[cell] for tally in tallies) for cell in self._cells)
-        return Figures(
+        return PoolLoad(
             num_engines=len(tallies), num_running=running, num_waiting=waiting, kv_usage=usage / len(tallies)
         )
 
-    def exposition(self, figures: Figures | None, form: Format) -> bytes:
+    def exposition(self, figures: PoolLoad | None, form: Format) -> bytes:
         """Prometheus' text, in either format; no series where there are no figures."""
         lines = [] if figures is None else [*self._lines(figures)]
         return "".join([*lines, "# EOF\n" if form.is_openmetrics else ""]).encode()
 
-    def samples(self, figures: Figures | None) -> list[tuple[str, dict[str, str], float]]:
+    def samples(self, figures: PoolLoad | None) -> list[tuple[str, dict[str, str], float]]:
         """(name, labels, value) of those of POOLED; none where there are no figures."""
         if figures is None:
             return []
@@ -83,7 +83,7 @@ class Pool:
             (CACHE_CONFIG, cache_config(self._facts, figures.num_engines), 1.0),
         ]
 
-    def _lines(self, figures: Figures) -> Iterator[str]:
+    def _lines(self, figures: PoolLoad) -> Iterator[str]:
         labels = ",".join(f'{name}="{value}"' for name, value in cache_config(self._facts, figures.num_engines).items())
         for name, text, labelled, value in (
             (RUNNING, _HELP[RUNNING], "", figures.num_running),
@@ -110,7 +110,7 @@ def cache_config(facts: Facts, num_engines: int = 1) -> dict[str, str]:
     }
 
 
-def load_report(asked: str, figures: Figures) -> str | None:
+def load_report(asked: str, figures: PoolLoad) -> str | None:
     """The value of the response header `endpoint-load-metrics`; None for a format that there is not."""
     named = {"kv_cache_usage_perc": figures.kv_usage, "num_requests_waiting": figures.num_waiting}
     match asked.strip().lower():

@@ -70,6 +70,7 @@ HANDLERS: Final = ("/v1/completions", "/v1/chat/completions", "/v1/models", "non
 STATUSES: Final = ("2xx", "3xx", "4xx", "5xx")
 WIRE_KINDS: Final = ("from_api_server", "from_engine", "snapshot", "heartbeat", "deployment")
 BULKHEADS: Final = (
+    "sampling",  # of a whole batch, where each of its sequences alone has its token all the same
     "record",
     "commit",
     "publish",

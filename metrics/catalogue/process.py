@@ -48,7 +48,7 @@ PROCESS_METRICS: Final = (
         COUNTER,
         "wholebatch:bulkhead_errors_total",
         "errors",
-        "Faults of the statistics plane that were caught so that serving went on, by where.",
+        "Faults that were caught so that serving went on, by where: of sampling, or of the statistics plane.",
         (Label("where", BULKHEADS),),
     ),
     _process(

@@ -210,8 +210,8 @@ REQUEST_METRICS: Final = (
         COUNTER,
         "wholebatch:undelivered_tokens_total",
         "tokens",
-        "Received tokens that no client will get: the client had gone, they came after a stop string, the request "
-        "failed, or the API server died.",
+        "Received tokens that no client will get: the client had gone, they came after the answer's end (a stop string "
+        "or max_tokens 0), the request failed, or the API server died.",
         (Label("reason", UNDELIVERED_REASONS),),
     ),
     _request(

@@ -41,7 +41,7 @@ class Setup:
     block_size: int = 4
     num_blocks: int = 64
     enable_prefix_caching: bool = True
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    scheduler: SchedulerConfig = field(default_factory=lambda: SchedulerConfig(scheduling_policy="priority"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,7 @@ def jobs(draw: st.DrawFn, *, can_abort: bool = False) -> tuple[Job, ...]:
 
 schedulers = st.builds(
     SchedulerConfig,
+    scheduling_policy=st.just("priority"),
     max_num_seqs=st.integers(1, 8),
     max_num_batched_tokens=st.sampled_from((1, 2, 3, 5, 8, 13, 32, 128)),
     enable_chunked_prefill=st.just(True),

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from aiohttp import ClientSession, ClientTimeout
 from aiohttp.test_utils import TestServer
 
 from engine import wire
-from engine.config import HttpConfig, ModelConfig, Patience, StatsConfig
+from engine.config import HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
 from engine.wire import Finish, Hello, Output, Outputs, ServerConfig, Start, Submit
 from engine.wire.deployment import Deployment, Facts, ProcessEntry
 from frontend.app import State, admin_app, public_app
@@ -56,6 +56,7 @@ def make_config(directory: str, **changes: Any) -> ServerConfig:
     sections: dict[str, Any] = {
         "model": section(ModelConfig, path="/nowhere", served_model_names=("tiny",)),
         "http": section(HttpConfig),
+        "scheduler": section(SchedulerConfig),
         "stats": section(StatsConfig),
         "patience": section(Patience, drain_timeout_s=5.0),
     }
@@ -98,7 +99,15 @@ class FakeEngine:
         return wire.decode_from_api_server(raw)
 
     async def receive_submits(self, num: int) -> list[Submit]:
-        return [await self.receive() for _ in range(num)]
+        """As many sequences, each as if it had been submitted alone."""
+        found: list[Submit] = []
+        while len(found) < num:
+            submit = await self.receive()
+            found += [
+                replace(submit, request_id=submit.request_id + i, sampling=submit.sampling.of_sequence(i), n=1)
+                for i in range(submit.n)
+            ]
+        return found
 
     async def send(self, *outputs: Output, at: float = 0.0) -> None:
         await self.send_raw(wire.encode(Outputs(self.incarnation, at, list(outputs))))

@@ -11,12 +11,27 @@ import pytest
 from aiohttp import ClientSession
 
 from engine.wire import Abort
+from frontend.api import Terms
 from frontend.app import MAX_BODY_BYTES
+from frontend.engines import Ask, Limits
 from frontend.errors import EngineUnavailable
-from frontend.services import Services
+from frontend.services import Services, queue_limits, terms_of
 from metrics.catalogue import API_SERVER, ENGINE
 from tests.fakes import fake_asked
-from tests.frontend.deployments import COMPLETION, Node, ask, engine_of, finish, make_table, one, output, total, until
+from tests.frontend.deployments import (
+    COMPLETION,
+    FACTS,
+    Node,
+    ask,
+    engine_of,
+    finish,
+    make_config,
+    make_table,
+    one,
+    output,
+    total,
+    until,
+)
 
 
 def without_facts(node: Node) -> Services:
@@ -139,7 +154,7 @@ async def test_the_sizes_of_requests_and_answers_are_what_their_content_length_s
 async def test_a_request_without_an_engine_is_refused_and_counted_as_such(deploy: Any):
     node = await one(deploy)
     with pytest.raises(EngineUnavailable):
-        node.services.clients.submit([1], fake_asked())
+        node.services.clients.submit([Ask([1], fake_asked())])
     status, body, headers = await ask(node, "POST", "/v1/completions", json=COMPLETION)
     assert (status, body["error"]["code"], headers["Retry-After"]) == (503, "engine_unavailable", "1")
     samples = await node.scrape()
@@ -229,3 +244,32 @@ async def test_an_engine_that_ends_midway_is_an_honest_503(deploy: Any):
     assert total(samples, "vllm:request_success_total", finished_reason="error") == 1
     received = total(samples, "wholebatch:received_tokens_total")
     assert received == total(samples, "wholebatch:undelivered_tokens_total", reason="error")
+
+
+# --- what one request may ask for, and how many may wait ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "limits"),
+    [
+        ({}, Limits(max_num_queued_reqs=2 * 8192, max_num_queued_tokens=2 * 4_194_304)),
+        ({"max_num_seqs": 10_000}, Limits(max_num_queued_reqs=2 * 20_000, max_num_queued_tokens=2 * 4_194_304)),
+        (
+            {"max_num_queued_reqs": 5, "max_num_queued_tokens": 6},
+            Limits(max_num_queued_reqs=5, max_num_queued_tokens=6),
+        ),
+        ({"max_num_queued_reqs": 0, "max_num_queued_tokens": 0}, Limits()),
+    ],
+)
+def test_what_may_wait_is_bounded_by_default_for_each_engine(flags: dict[str, int], limits: Limits):
+    assert queue_limits(make_config("/nowhere", num_engines=2, **flags)) == limits
+
+
+def test_the_terms_of_a_request_are_the_operators_and_the_models():
+    terms = terms_of(make_config("/nowhere"), FACTS)
+    assert terms == Terms(max_model_len=512, vocab_size=300, max_sequences=2048)
+    chosen: dict[str, Any] = {"scheduling_policy": "priority", "max_num_seqs_per_request": 7}
+    terms = terms_of(make_config("/nowhere", **chosen), FACTS)
+    assert (terms.allows_priority, terms.max_sequences) == (True, 7)
+    chosen = {"enable_chunked_prefill": False, "max_num_batched_tokens": 300}
+    assert terms_of(make_config("/nowhere", **chosen), FACTS).max_prompt_tokens == 300

@@ -20,6 +20,9 @@ from engine.device.kernels.compiled import HOST, compiled, for_any_size
 
 Product = Callable[[torch.Tensor], torch.Tensor]  # (rows, hidden) to logits (rows, vocab), float32
 
+NO_TOKEN = -1
+
+_NOTHING = np.finfo(np.float32).min  # less than any logit
 _LANES = 16  # rows are made a multiple of this many, which a processor's vectors hold
 _TILE = 24576  # tokens scored at a time, so that their scores take little memory
 _BLOCK = 128  # tokens of which the best score is looked at before each one's
@@ -35,13 +38,15 @@ class Head(Protocol):
         """(rows, hidden) to (rows, vocab), float32."""
 
     def best(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden) to the token with the greatest logit of each row, the first of equals: (rows), int64."""
+        """(rows, hidden) to the token with the greatest logit of each row, the first of equals: (rows), int64. NO_TOKEN
+        where that logit is not finite, or a logit is no number."""
 
 
 def make_head(weight: torch.Tensor, product: Product, quantization: str | None) -> Head:
     """The fastest for `weight` (vocab, hidden), where it is; `product` is the one with it."""
     is_exact = quantization is None and weight.dtype == torch.float32
-    if is_exact and weight.device.type == "cpu" and HOST.get("avx512bf16"):
+    # Weights that are no numbers have no bounds.
+    if is_exact and weight.device.type == "cpu" and HOST.get("avx512bf16") and bool(weight.isfinite().all()):
         return ScreeningHead(weight, product)
     return PlainHead(product)
 
@@ -56,7 +61,19 @@ class PlainHead:
         return self._product(hidden)
 
     def best(self, hidden: torch.Tensor) -> torch.Tensor:
-        return argmax(self.logits(hidden))
+        logits = self.logits(hidden)
+        tokens = argmax(logits)  # of the first that is no number, where there is one
+        if logits.device.type == "cpu":
+            return _or_none(tokens, logits.numpy()[np.arange(len(logits)), tokens.numpy()])
+        best = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        return torch.where(best.isfinite(), tokens, NO_TOKEN)
+
+
+def _or_none(tokens: torch.Tensor, logits: np.ndarray) -> torch.Tensor:
+    """The tokens whose logits are finite. Measured, with the logits looked up: 5 µs a step, of which the head takes
+    milliseconds."""
+    is_finite = np.isfinite(logits)
+    return tokens if is_finite.all() else tokens.masked_fill(torch.from_numpy(~is_finite), NO_TOKEN)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -85,7 +102,7 @@ class ScreeningHead(PlainHead):
         rounded = F.pad(hidden, (0, 0, 0, -num_rows % _LANES)).bfloat16()
         x, weight, bounds = hidden.numpy(), self._weight.numpy(), np.empty(num_rows)
         _bounds(x, rounded.view(torch.int16).numpy(), self._norm, self._error, bounds)
-        logits, tokens = np.full(num_rows, np.finfo(np.float32).min, np.float32), np.zeros(num_rows, np.int64)
+        logits, tokens = np.full(num_rows, _NOTHING, np.float32), np.zeros(num_rows, np.int64)
         scores = rounded.new_empty(_TILE, len(rounded))
         for first in range(0, len(weight), _TILE):
             tile = self._rounded[first : first + _TILE]
@@ -93,7 +110,8 @@ class ScreeningHead(PlainHead):
             torch.mm(tile, rounded.t(), out=scores[: len(tile)])
             found = scores[: len(tile)].view(torch.int16).numpy()
             _screen(found.size // _LANES)(found, first, bounds, x, weight, logits, tokens)
-        return torch.from_numpy(tokens)
+        tokens[logits == _NOTHING] = NO_TOKEN  # no logit of the row was a number
+        return _or_none(torch.from_numpy(tokens), logits)
 
 
 def _longest(rows: torch.Tensor) -> float:

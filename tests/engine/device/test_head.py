@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.device.kernels import head
-from engine.device.kernels.head import Head, PlainHead, ScreeningHead, make_head
+from engine.device.kernels.head import NO_TOKEN, Head, PlainHead, ScreeningHead, make_head
 
 LOGITS = "a product"
 
@@ -76,11 +76,25 @@ def test_of_equal_tokens_the_first_is_the_best():
     assert screening(weight).best(torch.zeros(2, 32)).tolist() == [0, 0]
 
 
-def test_what_is_no_number_gives_a_token_all_the_same():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_no_number_has_no_best_token_and_the_others_have_theirs(value: float):
     weight = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
-    for value in (torch.nan, torch.inf, -torch.inf):
-        (token,) = screening(weight).best(torch.full((1, 32), value)).tolist()
-        assert 0 <= token < 500
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    best = exact_best(weight, hidden)
+    hidden[1] = value
+    for head_ in (screening(weight), PlainHead(lambda hidden: hidden @ weight.t())):
+        assert head_.best(hidden).tolist() == [best[0], NO_TOKEN, best[2]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_head_that_is_no_number_somewhere_has_no_best_token(value: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(head, "HOST", {"avx512bf16": True})
+    weight = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+    assert type(make_head(weight, lambda hidden: hidden @ weight.t(), None)) is ScreeningHead
+    weight[77] = value
+    found = make_head(weight, lambda hidden: hidden @ weight.t(), None)
+    assert type(found) is PlainHead
+    assert found.best(torch.ones(2, 32)).tolist() == [NO_TOKEN] * 2
 
 
 def test_a_quantized_head_and_one_of_half_precision_are_not_screened():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.device.kernels.head import PlainHead
 from engine.device.sampler import Sampler
-from engine.schedule.batch import ScheduledSequence
+from engine.schedule.batch import SampledToken, ScheduledSequence
 from engine.wire.sampling import SamplingParams
 
 EOS = 3
@@ -323,6 +323,37 @@ def test_a_bug_that_one_sequence_meets_is_its_fault_alone():
     assert "IndexError" in found.fault
     assert [other.fault for other in others] == [None, None]
     assert others[0].token_id == 1
+
+
+def test_what_breaks_the_batch_and_no_sequence_of_it_is_told_and_everybody_has_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    caught: list[Exception] = []
+    whole = Sampler._sample_logits
+
+    def only_alone(self: Sampler, logits: torch.Tensor, sequences: list[ScheduledSequence]) -> list[SampledToken]:
+        if len(sequences) > 1:
+            raise RuntimeError("not so many at once")
+        return whole(self, logits, sequences)
+
+    rows = [sequence(replace(RANDOM, seed=row)) for row in range(3)]
+    expected = SAMPLER.sample(torch.eye(5)[:3], rows, caught.append)
+    monkeypatch.setattr(Sampler, "_sample_logits", only_alone)
+    assert SAMPLER.sample(torch.eye(5)[:3], rows, caught.append) == expected
+    assert [str(error) for error in caught] == ["not so many at once"]
+    broken = replace(RANDOM, min_tokens=50, stop_token_ids=(70_000,))
+    SAMPLER.sample(torch.eye(5)[:2], [sequence(broken), rows[0]], caught.append)
+    assert len(caught) == 1, "the sequence that broke it ends, which is told of it"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_greedy_takes_no_token_from_logits_that_are_no_numbers(value: float):
+    """The hidden states are: it is the head that is broken."""
+    head = PlainHead(lambda hidden: hidden.masked_fill(hidden == 7.0, value))
+    sampler = Sampler(head, seed=0, eos_token_ids=frozenset({EOS}))
+    found, other = sampler.sample(torch.tensor([[0.0, 7.0, 1.0], [0.0, 6.0, 1.0]]), [sequence(GREEDY)] * 2)
+    assert found.fault is not None
+    assert (other.token_id, other.fault) == (1, None)
 
 
 def test_neighbours_of_a_bug_get_the_tokens_of_the_whole_batch_to_the_last_bit():

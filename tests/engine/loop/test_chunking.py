@@ -66,7 +66,7 @@ def test_without_chunked_prefill_a_prompt_waits_until_it_fits_whole_and_is_not_o
 
 
 def test_decodes_come_first_then_chunks_then_new_requests():
-    config = SchedulerConfig(max_num_batched_tokens=6)
+    config = SchedulerConfig(max_num_batched_tokens=6, scheduling_policy="priority")
     work = [
         Job(prompt=(1, 2), max_tokens=9, ignore_eos=True),
         Job(prompt=tuple(range(12)), max_tokens=1, arrives=1),

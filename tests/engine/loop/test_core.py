@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.config import SchedulerConfig
-from engine.schedule.batch import SampledToken
+from engine.schedule.batch import Batch, SampledToken
 from engine.wire import (
     Finish,
     Output,
@@ -238,3 +238,59 @@ def test_a_sequence_without_a_next_token_ends_by_error_and_its_neighbours_go_on(
     assert engine.value("wholebatch:sequences_finished_total", finished_reason="error") == 1
     assert engine.value("vllm:generation_tokens_total") == 3
     assert engine.value("wholebatch:tokens_sent_total", api_server="0") == 3
+
+
+def test_what_the_runner_caught_is_counted_and_said_once_and_ends_nobody(engine, caplog):
+    run = engine.runner.run
+
+    def run_and_catch(batch: Batch) -> Any:
+        batch.caught.append(RuntimeError("not so many at once"))
+        return run(batch)
+
+    engine.runner.run = run_and_catch
+    engine.core.submit((0, 1), SUBMIT, 1.0)
+    outputs = [only(engine.step(), (0, 1)) for _ in range(4)]
+    assert outputs[-1].finish == Finish("length", None, None)
+    assert engine.value("wholebatch:bulkhead_errors_total", where="sampling") == 4
+    assert caplog.text.count("not so many at once") == 1
+
+
+def test_the_sequences_of_one_request_are_accepted_each_and_told_apart(engine):
+    engine.core.submit((0, 1), replace(SUBMIT, n=3), 1.0)
+    outputs = engine.step()[0, 1].outputs
+    assert [output.request_id for output in outputs] == [1, 2, 3]
+    assert [output.token_ids for output in outputs] == [fake_output([1, 2, 3], 1, VOCAB_SIZE)] * 3
+    assert engine.value("wholebatch:sequences_accepted_total") == 3
+    engine.core.submit((0, 1), replace(SUBMIT, request_id=3, n=2, prompt_token_ids=[5]), 1.0)
+    (refused,) = [output for output in engine.core.step()[0, 1].outputs if output.finish is not None]
+    assert (refused.request_id, refused.finish.message) == (3, "request id 3 is in use")
+    assert engine.value("wholebatch:sequences_accepted_total") == 5
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "num_cached"), [("a", "a", 8), ("a", "b", 0), ("a", None, 0), (None, "a", 0)]
+)
+def test_what_was_computed_under_one_salt_is_found_under_no_other(
+    engine: Engine, first: str | None, second: str | None, num_cached: int
+):
+    for request_id, salt in enumerate((first, second)):
+        submit = Submit(request_id, 1, list(range(10)), SamplingParams(max_tokens=1), cache_salt=salt)
+        engine.core.submit((0, 1), submit, 1.0)
+        start = only(engine.step(), (0, 1)).start
+    assert start is not None
+    assert start.num_cached_tokens == num_cached
+    assert engine.value("vllm:prefix_cache_hits_total") == num_cached
+
+
+def test_what_a_broken_sequence_has_computed_is_found_by_nobody(engine):
+    """The next one with this prompt computes it anew, and does not meet what broke the first."""
+    run, submit = engine.runner.run, Submit(1, 1, list(range(10)), SamplingParams(max_tokens=1))
+    engine.runner.run = lambda batch: run(batch) and [SampledToken(-1, None, "not finite")]
+    engine.core.submit((0, 1), submit, 1.0)
+    assert only(engine.step(), (0, 1)).finish == Finish("error", None, "not finite")
+    engine.runner.run = run
+    engine.core.submit((0, 1), replace(submit, request_id=2), 1.0)
+    start = only(engine.step(), (0, 1)).start
+    assert start is not None
+    assert start.num_cached_tokens == 0
+    assert engine.pool.num_free == Setup().num_blocks

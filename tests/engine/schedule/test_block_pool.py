@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.schedule.block_pool import BlockPool, block_hash, extend_hashes
+from engine.schedule.block_pool import BlockPool, block_hash, extend_hashes, root_hash
 
 NUM_BLOCKS = 6
 BLOCK_SIZE = 2
@@ -63,11 +63,24 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        sequence = data.draw(st.sampled_from(sorted(self.tables)))
+        self.leave_as(data.draw(st.sampled_from(sorted(self.tables))))
+
+    def leave_as(self, sequence: int) -> None:
         table = self.tables.pop(sequence)
         self.pool.free(table)
         for block in table:
             self.holders[block].remove(sequence)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        """A sequence's contents are wrong: nobody who comes later finds them."""
+        sequence = data.draw(st.sampled_from(sorted(self.tables)))
+        self.pool.forget(self.tables[sequence])
+        for block in self.tables[sequence]:
+            self.names[block] = None
+        del self.tokens[sequence]
+        self.leave_as(sequence)
 
     @invariant()
     def free_is_what_nobody_holds(self) -> None:
@@ -76,9 +89,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.usage == pytest.approx(num_held / NUM_BLOCKS)
 
     @invariant()
-    def what_a_sequence_holds_is_found(self) -> None:
+    def what_a_sequence_holds_is_found_as_far_as_it_is_not_forgotten(self) -> None:
         for sequence, tokens in self.tokens.items():
-            if sequence in self.tables:
+            table = self.tables.get(sequence, [])
+            if table and all(self.names[block] for block in table[: len(tokens) // BLOCK_SIZE]):
                 hashes: list[bytes] = []
                 extend_hashes(hashes, tokens, BLOCK_SIZE, len(tokens) // BLOCK_SIZE)
                 assert len(self.pool.lookup(hashes)) == len(hashes)
@@ -95,6 +109,30 @@ def test_a_hash_covers_everything_before_its_block():
     extend_hashes(other, [9, 2, 3, 4], 2, 2)
     assert one[1] != other[1]
     assert one == [block_hash(b"", [1, 2]), block_hash(block_hash(b"", [1, 2]), [3, 4])]
+
+
+def test_another_salt_makes_other_hashes_of_every_block_and_no_salt_is_none_of_them():
+    def hashes(cache_salt: str | None) -> list[bytes]:
+        found: list[bytes] = []
+        extend_hashes(found, [1, 2, 3, 4], 2, 2, root_hash(cache_salt))
+        return found
+
+    assert hashes("tenant a") == hashes("tenant a")
+    assert len({name for salt in ("tenant a", "tenant b", None) for name in hashes(salt)}) == 6
+
+
+def test_forgotten_blocks_are_found_no_more_and_still_held_until_they_are_freed():
+    pool = BlockPool(4, 2, True)
+    blocks, hashes = named(pool, [1, 2, 3, 4])
+    again = pool.allocate(0, pool.lookup(hashes))
+    pool.forget(blocks)
+    pool.forget(blocks)
+    assert pool.lookup(hashes) == []
+    assert again == blocks
+    pool.free(blocks)
+    assert pool.num_free == 2
+    pool.free(blocks)
+    assert sorted(pool.allocate(4) or ()) == [0, 1, 2, 3]
 
 
 def test_hashes_are_extended_and_not_made_again():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -232,7 +233,12 @@ def test_everything_ends_even_when_one_request_could_fill_the_whole_cache(setup,
 @given(work=jobs(), num_blocks=st.integers(1, 12), chunked=st.booleans(), budget=st.integers(1, 30))
 @costly
 def test_what_the_cache_cannot_hold_ends_by_error_and_holds_up_nobody(work, num_blocks, chunked, budget):
-    config = SchedulerConfig(max_num_batched_tokens=budget, enable_chunked_prefill=chunked, max_num_seqs=4)
+    config = SchedulerConfig(
+        scheduling_policy="priority",
+        max_num_batched_tokens=budget,
+        enable_chunked_prefill=chunked,
+        max_num_seqs=4,
+    )
     engine = run(Setup(num_blocks=num_blocks, scheduler=config), work)
     assert len(engine.finishes) == len(work)
     for request_id, job in enumerate(work):
@@ -319,6 +325,13 @@ def test_what_can_never_run_is_refused_with_a_reason(prompt, sampling, complaint
     submit = Submit(1, 1, prompt, SamplingParams(max_tokens=1, **sampling))
     refusal = make(num_blocks=4).refusal(submit)
     assert refusal is None if complaint is None else complaint in str(refusal)
+
+
+@pytest.mark.parametrize(("policy", "is_refused"), [("fcfs", True), ("priority", False)])
+def test_a_priority_is_for_an_engine_whose_operator_lets_clients_choose(policy: str, is_refused: bool):
+    submit = Submit(1, 1, [1], SamplingParams(max_tokens=1), priority=-1)
+    assert (make(scheduling_policy=policy).refusal(submit) is not None) == is_refused
+    assert make(scheduling_policy=policy).refusal(replace(submit, priority=0)) is None
 
 
 def test_without_chunked_prefill_a_prompt_longer_than_the_budget_is_refused():

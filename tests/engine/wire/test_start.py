@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import CacheConfig, HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
+from engine.config import CacheConfig, ChatConfig, HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
 from engine.wire import (
     EngineConfig,
     Facts,
@@ -66,13 +66,15 @@ CHILD: dict[str, Any] = {
     "directory": "/run/x",
     "lifeline_fd": 5,
     "model": ModelConfig(path="/models/tiny"),
+    "scheduler": SchedulerConfig(),
     "stats": StatsConfig(custom_buckets=(("itl", (0.1, 0.2)),)),
     "patience": Patience(),
 }
-ENGINE = EngineConfig(**CHILD, scheduler=SchedulerConfig(), cache=CacheConfig(), facts=None)
+ENGINE = EngineConfig(**CHILD, cache=CacheConfig(), facts=None)
 SERVER = ServerConfig(
     **CHILD,
     http=HttpConfig(api_keys=("secret",)),
+    chat=ChatConfig(),
     port=8000,
     listen_fd=6,
     admin_fd=7,
@@ -94,6 +96,7 @@ def test_an_api_servers_configuration_is_read_as_it_was_written(model, stats, pa
         stats=stats,
         patience=patience,
         http=http,
+        chat=ChatConfig(),
         num_api_servers=len(addresses),
         admin_addresses=addresses,
     )
@@ -150,7 +153,8 @@ OF_ENGINES: list[tuple[str, object]] = [
 ]
 OF_SERVERS: list[tuple[str, object]] = [
     ("http.port", 65536),
-    ("http.max_num_queued_reqs", 0),
+    ("http.max_num_queued_reqs", -1),
+    ("http.max_num_seqs_per_request", 0),
     ("http.max_num_queued_tokens", "9"),
     ("http.api_keys", [1]),
     ("port", -1),

@@ -10,6 +10,7 @@ import socket
 from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -22,7 +23,9 @@ from hypothesis import strategies as st
 from engine.wire import TokenLogprobs
 from frontend.api.answer import Answer, Piece
 from frontend.api.openai import OpenAIService, routes
+from frontend.api.protocol import Terms
 from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests, error_middleware
+from frontend.parsing import TOOL_FORMATS, ToolCallParser
 from frontend.routes import mount
 from frontend.text.detokenizer import SequenceText, Stops, StopStrings
 from tests.fakes import FakeClients, FakeGeneration, fake_delta, fake_finish, fake_start
@@ -42,14 +45,16 @@ def says(text: str, *, reason: str = "length", index: int = 0, cached: int = 0) 
     return [[delta] for delta in deltas]
 
 
-def application(clients: FakeClients) -> web.Application:
+TERMS = Terms(max_model_len=64, vocab_size=300, max_sequences=256, allows_priority=True)
+
+
+def application(clients: FakeClients, terms: Terms = TERMS) -> web.Application:
     service = OpenAIService(
         clients=clients,
         group=clients.group,
         tokenizer=TOKENIZER,
         served_model_names=["tiny", "alias/tiny"],
-        max_model_len=64,
-        vocab_size=300,
+        terms=terms,
         created_unix=1,
     )
     app = web.Application(middlewares=[error_middleware], client_max_size=2**20)
@@ -58,8 +63,8 @@ def application(clients: FakeClients) -> web.Application:
 
 
 @asynccontextmanager
-async def serving(clients: FakeClients) -> AsyncIterator[HTTP]:
-    async with TestClient(TestServer(application(clients))) as http:
+async def serving(clients: FakeClients, terms: Terms = TERMS) -> AsyncIterator[HTTP]:
+    async with TestClient(TestServer(application(clients, terms))) as http:
         yield http
 
 
@@ -69,16 +74,16 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
-async def post(clients: FakeClients, path: str, status: int = 200, **body: Any) -> Any:
-    async with serving(clients) as http:
+async def post(clients: FakeClients, path: str, status: int = 200, *, terms: Terms = TERMS, **body: Any) -> Any:
+    async with serving(clients, terms) as http:
         answer = await http.post(path, json=body)
         assert answer.status == status, await answer.text()
         return await answer.json()
 
 
-async def stream(clients: FakeClients, path: str, **body: Any) -> list[Any]:
+async def stream(clients: FakeClients, path: str, terms: Terms = TERMS, **body: Any) -> list[Any]:
     """The events' data; the last is "[DONE]" where it should be."""
-    async with serving(clients) as http:
+    async with serving(clients, terms) as http:
         answer = await http.post(path, json=body | {"stream": True})
         assert answer.status == 200, await answer.text()
         assert answer.content_type == "text/event-stream"
@@ -171,12 +176,50 @@ async def test_echo_repeats_the_prompt_once_a_choice():
     assert [c["text"] for c in answer["choices"]] == ["abxy", "abz"]
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_echo_alone_answers_the_prompt_and_shows_no_token(is_streamed: bool):
+    clients = FakeClients([[fake_delta(0, [ord("x")], finish=LENGTH, start=fake_start(num_cached_tokens=1))]])
+    body: dict[str, Any] = {"prompt": "ab", "echo": True, "max_tokens": 0}
+    usage = {
+        "prompt_tokens": 2,
+        "completion_tokens": 0,
+        "total_tokens": 2,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+    if is_streamed:
+        *chunks, last, _ = await stream(clients, COMPLETIONS, **body, stream_options={"include_usage": True})
+        assert (texts(chunks), chunks[-1]["choices"][0]["finish_reason"], last["usage"]) == (["ab"], "length", usage)
+    else:
+        answer = await post(clients, COMPLETIONS, **body)
+        assert [(c["text"], c["finish_reason"]) for c in answer["choices"]] == [("ab", "length")]
+        assert answer["usage"] == usage
+    generation = clients.asks[0].generation
+    assert (generation.counts, generation.is_finished) == ({"delivered": 0, "stop": 1}, True)
+    assert "stop 0" not in generation.log, "it ended by itself"
+
+
+async def test_a_cache_salt_reaches_the_engine_with_every_prompt():
+    clients = FakeClients(says("a"), says("b"))
+    await post(clients, COMPLETIONS, prompt=["a", "b"], cache_salt="tenant-a")
+    assert [ask.cache_salt for ask in clients.asks] == ["tenant-a"] * 2
+
+
+async def test_what_the_deployment_does_not_offer_is_refused_before_anything_is_submitted():
+    clients = FakeClients()
+    terms = replace(TERMS, max_sequences=2, allows_priority=False)
+    for path, prompt in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": MESSAGES})):
+        for param, value in (("n", 3), ("priority", 1)):
+            async with serving(clients, terms) as http:
+                answer = await http.post(path, json=prompt | {param: value})
+                assert (answer.status, (await answer.json())["error"]["param"]) == (400, param)
+
+
 async def test_special_tokens_are_shown_where_asked_for():
     script = [[fake_delta(0, [ord("a"), START, ord("b"), END], finish=STOP)]]
     assert (await post(FakeClients(script), COMPLETIONS, prompt="x"))["choices"][0]["text"] == "ab"
     shown = await post(FakeClients(script), COMPLETIONS, prompt="x", skip_special_tokens=False)
     assert shown["choices"][0]["text"] == "a<start>b"
-    stop_too = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+    stop_too: dict[str, Any] = {"skip_special_tokens": False, "include_stop_str_in_output": True}
     shown = await post(FakeClients(script), COMPLETIONS, prompt="x", **stop_too)
     assert shown["choices"][0]["text"] == "a<start>b<end>"
 
@@ -245,6 +288,23 @@ async def test_a_completion_streamed():
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
     assert all(chunk["usage"] is None for chunk in chunks)
     assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_with_continuous_usage_every_chunk_says_what_its_choice_has_used(path: str):
+    clients = FakeClients([[fake_delta(1, [ord("b")])], [fake_delta(0, [ord("a")]), fake_delta(1, [ord("c")])]])
+    clients.scripts[0] += [[fake_delta(i, [ord("d")], finish=LENGTH) for i in range(2)]]  # type: ignore[operator]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked: dict[str, Any] = {"prompt": "xyz"} if path == COMPLETIONS else {"messages": MESSAGES}
+    *chunks, last, _ = await stream(clients, path, **asked, n=2, stream_options=options)
+    used: dict[int, list[int]] = {0: [], 1: []}
+    for chunk in chunks:
+        usage = chunk["usage"]
+        assert usage["prompt_tokens"] == last["usage"]["prompt_tokens"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        used[chunk["choices"][0]["index"]].append(usage["completion_tokens"])
+    assert [sorted(set(counts)) for counts in used.values()] == [[1, 2], [1, 2, 3]]
+    assert last["usage"]["completion_tokens"] == 5
 
 
 async def test_a_chat_streamed_begins_with_its_role_and_ends_with_its_reason():
@@ -446,12 +506,6 @@ async def test_a_client_that_goes_away_before_any_word_ends_all_its_requests():
 async def test_a_request_that_no_engine_takes_has_an_honest_status(fault: Exception, status: int, streams: bool):
     answer = await post(FakeClients(fault), COMPLETIONS, status, prompt="x", stream=streams)
     assert answer["error"]["message"] == str(fault)
-
-
-async def test_when_one_of_several_prompts_is_refused_the_others_are_ended():
-    clients = FakeClients([None], TooManyRequests("queue is full"))
-    await post(clients, COMPLETIONS, 429, prompt=["x", "y"])
-    assert clients.log == ["close", "commit"]
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -657,6 +711,65 @@ async def test_nothing_is_tokenised_for_a_request_that_has_no_place(monkeypatch:
     def never(*_: Any, **__: Any) -> list[int]:
         raise AssertionError("tokenised")
 
-    monkeypatch.setattr(clients, "admit", full)
+    monkeypatch.setattr(clients, "check", full)
     monkeypatch.setattr(TOKENIZER, "encode", never)
     await post(clients, COMPLETIONS, 429, prompt="x")
+
+
+# --- tool calls ---
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+ROOMY = replace(TERMS, max_model_len=1000)
+STOP_TOKEN = "$"  # which nobody sees
+CALLING = 'Yes. <tool_call>{"name": "f", "arguments": {"a": "b"}}</tool_call>'
+
+
+async def test_a_tool_call_is_told_apart_from_the_words_before_it():
+    answer = await post(
+        FakeClients(says(CALLING + STOP_TOKEN, reason="stop")), CHAT, terms=ROOMY, messages=MESSAGES, tools=TOOLS
+    )
+    (choice,) = answer["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["message"]["content"] == "Yes."
+    assert choice["finish_reason"] == "tool_calls"
+    assert call["function"] == {"name": "f", "arguments": '{"a": "b"}'}
+    assert call["id"].startswith("call_")
+    assert answer["usage"]["completion_tokens"] == len(CALLING) + 1
+
+
+async def test_a_streamed_tool_calls_deltas_join_to_the_same_message():
+    chunks = await stream(
+        FakeClients(says(CALLING + STOP_TOKEN, reason="stop")), CHAT, terms=ROOMY, messages=MESSAGES, tools=TOOLS
+    )
+    choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+    deltas = [choice["delta"] for choice in choices]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Yes."
+    assert [call["index"] for call in calls] == [0] * len(calls)
+    assert (calls[0]["type"], calls[0]["function"]["name"]) == ("function", "f")
+    assert "".join(call["function"]["arguments"] for call in calls) == '{"a": "b"}'
+    assert len(calls) > 3, "arguments are streamed as they come"
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+async def test_every_token_of_a_tool_call_is_delivered():
+    generation = FakeGeneration(says(CALLING + STOP_TOKEN, reason="stop"))
+    answer = Answer(
+        [generation],
+        lambda: SequenceText(TOKENIZER.detokenizer(), StopStrings(Stops([]))),
+        n=1,
+        num_prompt_tokens=1,
+        new_parser=lambda: ToolCallParser(TOOL_FORMATS["hermes"]),
+    )
+    answer.listen(lambda: None)
+    while not answer.is_finished:
+        await asyncio.sleep(0)
+        answer.deliver_ready()
+    assert generation.counts == {"delivered": len(CALLING) + 1}
+
+
+async def test_without_tools_the_same_text_is_words():
+    answer = await post(FakeClients(says(CALLING + STOP_TOKEN, reason="stop")), CHAT, terms=ROOMY, messages=MESSAGES)
+    assert answer["choices"][0]["message"]["content"] == CALLING
+    assert answer["choices"][0]["finish_reason"] == "stop"

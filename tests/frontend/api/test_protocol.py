@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
+import openai.types.chat.completion_create_params as openai_chat
+import openai.types.completion_create_params as openai_completion
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,12 +21,15 @@ from frontend.api.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    Hints,
+    Terms,
     check_token_ids,
     parse_request,
 )
 from frontend.errors import BadRequest
 
 COMPLETION: dict[str, Any] = {"prompt": "a"}
+TERMS = Terms(max_model_len=100, vocab_size=1000, max_sequences=256)
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]}
 
 
@@ -36,7 +42,7 @@ def chat(**fields: Any) -> ChatRequest:
 
 
 def sampling(request: GenerationRequest, num_prompt_tokens: int = 3) -> SamplingParams:
-    return request.sampling(num_prompt_tokens=num_prompt_tokens, max_model_len=100, vocab_size=1000)
+    return request.sampling(num_prompt_tokens, TERMS)
 
 
 def refusal(request: Any, **fields: Any) -> BadRequest:
@@ -76,7 +82,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "suffix", "tools", "response_format"})
+FIELDS = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "suffix", "response_format"})
 
 
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), anything, max_size=3))
@@ -169,7 +175,7 @@ def test_a_wrong_parameter_is_named(param: str, value: Any):
         ("messages[0].content", [{"role": "user", "content": 3}]),
         ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
         ("messages[0].content", [{"role": "user", "content": [{"type": "text"}]}]),
-        ("messages[0].tool_calls", [{"role": "assistant", "tool_calls": [{"id": "x"}]}]),
+        ("messages[0].tool_calls[0].function", [{"role": "assistant", "tool_calls": [{"id": "x"}]}]),
     ],
 )
 def test_a_wrong_message_is_named_by_its_place(param: str, value: Any):
@@ -179,10 +185,9 @@ def test_a_wrong_message_is_named_by_its_place(param: str, value: Any):
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("audio", {"voice": "x"}),
-        ("tool_choice", "required"),
         ("top_logprobs", 2),
         ("logprobs", 2),
         ("max_completion_tokens", 0),
@@ -196,13 +201,107 @@ def test_echo_with_logprobs_is_named():
     assert refusal(completion, echo=True, logprobs=0).param == "echo"
 
 
-def test_prompts_times_n_are_bounded():
-    assert refusal(completion, prompt=["a"] * 2000, n=2).param == "prompt"
-
-
 def test_a_parameter_that_asks_for_nothing_is_no_fault():
     completion(suffix=None, best_of=1, response_format={"type": "text"}, logit_bias=None, stop=None, seed=None)
     chat(tools=[], tool_choice="none", audio=None, modalities=["text"], parallel_tool_calls=True, user="me")
+
+
+def refused_by(terms: Terms, request: GenerationRequest) -> str | None:
+    """The parameter at fault, where there is one."""
+    try:
+        request.check_terms(terms)
+        request.sampling(3, terms)
+    except BadRequest as error:
+        return error.param
+    return None
+
+
+@pytest.mark.parametrize(("prompts", "n", "param"), [(4, 2, None), (4, 3, "n"), (9, 1, "prompt"), (1, 9, "n")])
+def test_a_request_for_more_sequences_than_the_operator_allows_is_refused(prompts: int, n: int, param: str | None):
+    assert refused_by(replace(TERMS, max_sequences=8), completion(prompt=["a"] * prompts, n=n)) == param
+
+
+def test_a_priority_is_refused_where_the_operator_does_not_let_clients_choose():
+    assert refused_by(TERMS, chat(priority=0)) is None
+    assert refused_by(TERMS, chat(priority=-1)) == "priority"
+    assert refused_by(replace(TERMS, allows_priority=True), chat(priority=-1)) is None
+
+
+def test_a_prompt_that_no_iteration_takes_whole_is_refused_where_prompts_are_not_cut():
+    assert refused_by(replace(TERMS, max_prompt_tokens=3), completion()) is None
+    assert refused_by(replace(TERMS, max_prompt_tokens=2), completion()) == "prompt"
+
+
+@pytest.mark.parametrize("salt", ["", "x" * 1025, 5, ["a"], True])
+def test_a_cache_salt_is_a_text_of_bounded_length(salt: Any):
+    assert refusal(completion, cache_salt=salt).param == "cache_salt"
+    assert completion(cache_salt="x" * 1024).cache_salt == "x" * 1024
+
+
+ASKING: dict[str, Any] = {
+    "logprob_token_ids": [5],
+    "prompt_logprobs": 0,
+    "repetition_detection": {"max_pattern_size": 8},
+    "vllm_xargs": {"a": 1},
+    "watermarking": True,
+    "thinking_token_budget": 5,
+    "stream_interval": 4,
+    "request_id": "mine",
+    "length_penalty": 2.0,
+    "spaces_between_special_tokens": False,
+    "stream_options": {"include_usage": True},  # without stream
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_field_that_asks_for_what_is_not_there_is_refused_by_its_name(name: str):
+    for request in (completion, chat):
+        assert refusal(request, **{name: ASKING[name]}).param == name
+
+
+# What vLLM 0.32 knows; OpenAI's are asked of its own package.
+VLLM = """
+    add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template chat_template_kwargs
+    continue_final_message documents echo ec_transfer_params ignore_eos include_reasoning include_stop_str_in_output
+    kv_transfer_params length_penalty logprob_token_ids media_io_kwargs min_p min_tokens mm_processor_kwargs priority
+    prompt_embeds prompt_logprobs reasoning_effort repetition_detection repetition_penalty request_id response_format
+    return_mm_kwargs return_prompt_text return_token_ids return_token_offsets return_tokens_as_token_ids
+    routed_experts_prompt_start session_id skip_special_tokens spaces_between_special_tokens stop_token_ids
+    stream_interval structured_outputs suffix thinking_token_budget top_k truncate_prompt_tokens truncation_side
+    use_beam_search user vllm_xargs watermarking
+"""
+CHATS_ALONE = """
+    add_generation_prompt chat_template chat_template_kwargs continue_final_message documents media_io_kwargs
+    mm_processor_kwargs return_prompt_text
+"""
+COMPLETIONS_ALONE = "suffix prompt_embeds"
+CHATS_OWN = set(openai_chat.CompletionCreateParamsBase.__annotations__)
+COMPLETIONS_OWN = set(openai_completion.CompletionCreateParamsBase.__annotations__)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "others"),
+    [(CompletionRequest, COMPLETIONS_OWN, CHATS_ALONE), (ChatRequest, CHATS_OWN, COMPLETIONS_ALONE)],
+)
+def test_no_field_that_is_known_is_ignored_in_silence(kind: type[GenerationRequest], own: set[str], others: str):
+    known = own | set(VLLM.split()) - set(others.split())
+    assert known - set(kind.model_fields) - set(kind.UNSUPPORTED) == set()
+
+
+def test_a_hint_is_accepted_whatever_it_says():
+    for name in Hints.model_fields:
+        for value in ("x", 1, {"a": [1]}, None, False):
+            completion(**{name: value})
+            chat(**{name: value})
+
+
+def test_echo_alone_is_the_one_reason_for_no_tokens():
+    request = completion(max_tokens=0, echo=True)
+    assert request.asks_for_echo_alone
+    assert sampling(request) == SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    assert refusal(completion, max_tokens=0).param == "max_tokens"
+    assert refusal(completion, max_tokens=0, echo=True, min_tokens=1).param == "min_tokens"
+    assert refusal(chat, max_tokens=0).param == "max_tokens"
 
 
 def test_a_field_that_nobody_defines_is_ignored():
@@ -234,7 +333,7 @@ def test_parts_of_text_are_joined_and_no_content_is_no_text():
 
 def test_fields_of_a_message_reach_the_template():
     request = chat(messages=[{"role": "user", "content": "a", "name": "Ann"}])
-    assert request.messages[0].model_dump() == {"role": "user", "content": "a", "name": "Ann"}
+    assert request.messages[0].model_dump(exclude_none=True) == {"role": "user", "content": "a", "name": "Ann"}
 
 
 def test_defaults_are_openais_whatever_the_model_says():

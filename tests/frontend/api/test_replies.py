@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from engine.wire import TokenLogprobs
 from frontend.api.answer import Piece, ShownToken
-from frontend.api.replies import ChatReply, CompletionReply
+from frontend.api.replies import NO_USAGE, ChatReply, CompletionReply, ContinuousUsage
 
-texts = st.text(max_size=20) | st.sampled_from(['"', "\\", "\0", "\u2028", "\ud800", '"\\u0000"', "😀"])
+texts = st.text(max_size=20) | st.sampled_from([NO_USAGE, '"', "\\", "\0", "\u2028", "\ud800", '"\\u0000"', "😀"])
 names = st.text(min_size=1, max_size=10) | st.sampled_from(["\0", '"\0"', '"text":"'])
 reasons = st.sampled_from(["stop", "length", None])
 SHOWN = ShownToken(7, 0, TokenLogprobs(-0.5, 1, ((7, -0.5),)))
@@ -76,3 +76,17 @@ def test_a_chats_events(said: list[Piece], model: str, has_usage: bool):
             wanted += chunk(piece.choice, {}, None, piece.finish_reason)
         assert reply.events(piece) == wanted
         begun.add(piece.choice)
+
+
+@given(said=pieces(), model=names | st.just(NO_USAGE))
+def test_continuous_usage_changes_nothing_else_of_an_event(said: list[Piece], model: str):
+    arguments: dict[str, Any] = {"id": "x", "created": 1, "model": model, "has_usage": True, "token_bytes": token_bytes}
+    plain, reply = ChatReply(**arguments), ContinuousUsage(ChatReply(**arguments), [3], 2)
+    num_tokens = [0, 0]
+    for piece in said:
+        num_tokens[piece.choice] += piece.num_tokens
+        used = num_tokens[piece.choice]
+        usage = {"prompt_tokens": 3, "completion_tokens": used, "total_tokens": 3 + used}
+        expected = [json.loads(event[6:]) for event in plain.events(piece).split("\n\n")[:-1]]
+        found = [json.loads(event[6:]) for event in reply.events(piece).split("\n\n")[:-1]]
+        assert found == [event | {"usage": usage} for event in expected]

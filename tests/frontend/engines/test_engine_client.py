@@ -16,13 +16,13 @@ from engine.wire.deployment import Deployment, ProcessEntry
 from frontend.counters.request_record import RequestRecord
 from frontend.engines import engine_client
 from frontend.engines.engine_client import EngineClients, Identity
-from frontend.engines.generation import Asked, Delta, Generation
+from frontend.engines.generation import Ask, Asked, Delta, Generation
 from frontend.errors import ApiError, EngineLost, EngineUnavailable, TooManyRequests
 from metrics.catalogue import API_SERVER, ENGINE
 from metrics.layout import Shape, build_layout
 from metrics.tally import Tally
 from tests.contexts import OwningContext
-from tests.fakes import fake_asked, fake_group
+from tests.fakes import fake_asked, fake_group, no_admission
 from tests.frontend.deployments import START, FakeEngine, deltas_of, finish, output, until
 
 LAYOUT = build_layout(API_SERVER, Shape(num_engines=1, num_api_servers=1, max_model_len=2048))
@@ -66,6 +66,7 @@ class Bench:
             Identity(index=0, incarnation=1),
             self.record,
             self.group,
+            no_admission(),
             observe=self._observe,
         )
         self._version = 0
@@ -98,7 +99,8 @@ class Bench:
             engine.close()
 
     async def submit(self, n: int = 1, sampling: SamplingParams = SAMPLING) -> Generation:
-        return self.clients.submit([1, 2, 3], fake_asked(num_prompt_tokens=3, sampling=sampling, n=n))
+        (generation,) = self.clients.submit([Ask([1, 2, 3], fake_asked(num_prompt_tokens=3, sampling=sampling, n=n))])
+        return generation
 
     def count(self, name: str, **labels: str) -> float:
         return self.tally.cells[LAYOUT.cell(name, engine="0", **labels)]
@@ -172,6 +174,20 @@ async def test_a_request_that_the_engine_cannot_be_sent_is_refused_and_counted_a
     cell = LAYOUT.cell("vllm:admission_rejections_total", reason="max_num_queued_reqs")
     assert bench.tally.cells[cell] == 1
     assert bench.count("wholebatch:sequences_submitted_total") == bench.in_flight() == 0
+
+
+async def test_the_prompts_of_a_request_are_counted_together_and_spread_as_they_are_many(bench: Bench):
+    async with bench.engine() as engine:
+        num_commits = bench.num_commits
+        asks = [Ask([token], fake_asked(sampling=SAMPLING, n=2)) for token in (1, 2, 3)]
+        generations = bench.clients.submit(asks)
+        assert bench.num_commits == num_commits + 1
+        assert bench.committed[LAYOUT.cell("wholebatch:sequences_submitted_total", engine="0")] == 6
+        submits = await engine.receive_submits(6)
+        assert [submit.prompt_token_ids for submit in submits] == [[1], [1], [2], [2], [3], [3]]
+        assert len({submit.request_id for submit in submits}) == 6
+        for generation in generations:
+            generation.close()
 
 
 async def test_after_its_end_it_says_hello_to_nobody(bench: Bench):
@@ -281,6 +297,20 @@ async def test_a_client_that_goes_aborts_its_sequences_at_once_and_its_tokens_ar
         assert bench.tokens() == {"received": 1, "disconnect": 1}
         await engine.send(output(submits[1], 0, [8]))
         await until(lambda: bench.tokens() == {"received": 2, "disconnect": 2})
+
+
+async def test_a_sequence_that_ended_before_its_client_went_counts_by_its_own_reason(bench: Bench):
+    async with bench.engine() as engine:
+        generation = await bench.submit(n=3)
+        submits = await engine.receive_submits(3)
+        await engine.send(output(submits[0], 0, [7], finish("stop")), output(submits[1], 0, [8]))
+        await deltas_of(generation)
+        generation.close()
+        assert (bench.success("stop"), bench.success("abort")) == (1, 2)
+        assert (bench.ended("stop"), bench.ended("abort")) == (1, 2)
+        assert bench.observed("request_generation_tokens") == (1, 1)
+        assert (bench.whole_requests("abort"), bench.whole_requests("stop")) == (1, 0), "nobody has its answer"
+        assert bench.tokens() == {"received": 2, "disconnect": 2}
 
 
 async def test_tokens_past_a_stop_string_are_settled_as_such_and_the_request_counts_as_stopped(bench: Bench):

@@ -118,6 +118,10 @@ def test_arguments_go_on_before_they_are_complete():
     assert parser.finish() == []
 
 
+def test_a_closing_mark_that_is_cut_short_is_nobodys():
+    assert read("hermes", ['<tool_call>{"name": "f"}</tool_ca']) == [Call(0, "f"), Arguments(0, "{}")]
+
+
 def test_a_call_that_is_cut_short_keeps_what_came_of_it():
     assert read("hermes", ['<tool_call>{"name": "f", "arguments": {"a"']) == [Call(0, "f"), Arguments(0, '{"a"')]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from frontend.scrape.pool import Figures, Pool, load_report
+from frontend.scrape.pool import Pool, PoolLoad, load_report
 from metrics.catalogue import ENGINE
 from metrics.exposition import OPENMETRICS, TEXT
 from metrics.layout import Shape, build_layout
@@ -75,7 +75,7 @@ def test_where_no_engine_is_heard_there_are_no_series_and_not_zeros():
 
 
 def test_a_load_report_has_vllms_two_names_in_the_format_asked_for():
-    figures = Figures(num_engines=2, num_running=7.0, num_waiting=3.0, kv_usage=0.25)
+    figures = PoolLoad(num_engines=2, num_running=7.0, num_waiting=3.0, kv_usage=0.25)
     text = "TEXT named_metrics.kv_cache_usage_perc=0.25, named_metrics.num_requests_waiting=3.0"
     assert load_report("TEXT", figures) == load_report(" text", figures) == text
     kind, _, report = str(load_report("JSON", figures)).partition(" ")

@@ -310,7 +310,6 @@ async def test_a_full_queue_is_an_honest_503_whichever_api_server_filled_it(
         record.prefilling(-1)
         record.ended("stop")
         other.services.group.now()
-        node.services._admission._read_at = float("-inf")  # as after a while: what others have is remembered
         asking = asyncio.create_task(ask(node, "POST", "/v1/completions", json=COMPLETION))
         (submit,) = await engine.receive_submits(1)
         await engine.send(output(submit, 0, [ord("h")], finish()))
