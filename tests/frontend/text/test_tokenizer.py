@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from frontend.text.gguf_metadata import GGUFError, read_metadata
-from frontend.text.gguf_tokenizer import TokenizerError, gguf_tokenizer
-from frontend.text.pre_tokenizers import PRE_TOKENIZERS
-from frontend.text.tokenizer import MAX_LINE, Tokenizer, load_tokenizer
+from engine.vocabulary.files import MAX_LINE
+from engine.vocabulary.gguf_metadata import GGUFError, read_metadata
+from engine.vocabulary.gguf_tokenizer import TokenizerError, gguf_tokenizer
+from engine.vocabulary.pre_tokenizers import PRE_TOKENIZERS
+from frontend.text.tokenizer import Tokenizer, load_tokenizer
 from tests.frontend.small_tokenizers import (
     ALPHABET,
     END,
