@@ -371,7 +371,7 @@ def test_whatever_a_gguf_file_says_of_its_tokenizer_it_is_one_or_one_line(
     make: Callable[[], dict[str, Any]], odd: dict[str, Any]
 ):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("frontend.text.tokenizer.read_metadata", lambda path: make() | odd)
+        patch.setattr("engine.vocabulary.files.read_metadata", lambda path: make() | odd)
         try:
             tokenizer = load_tokenizer("model.gguf")
         except TokenizerError as error:
