@@ -1,10 +1,11 @@
 # One environment, a few verbs: `make help`.
 PYTHON ?= python3.11
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help install install-test model serve test check format bench bench-check soak generate clean
+.PHONY: help install install-test model serve test test-vllm check format bench bench-check soak generate clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,6 +37,15 @@ serve: model ## serve the default model on port 8000 with 4 API servers; more fl
 test: install-test model ## run all tests; some of them: make test ARGS='tests/metrics -k store'
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+$(VLLM)/.installed: tests/benchmarks/install_vllm.sh pyproject.toml
+	@echo "installing vLLM's CPU build and what its tests need into $(VLLM)"
+	PYTHON=$(PYTHON) tests/benchmarks/install_vllm.sh $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -e . pytest pytest-asyncio pytest-timeout hypothesis psutil
+	@touch $@
+
+test-vllm: model $(VLLM)/.installed ## run the tests that need vLLM, in an environment of its own (some 2 GB)
+	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 $(VLLM)/bin/python -m pytest -W default $(if $(ARGS),$(ARGS),tests/vllm)
+
 check: install-test ## lint, format, types, generated text
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +71,4 @@ soak: install-test ## kill, freeze and restart processes under load, then audit;
 	$(BIN)/python -m tests.e2e.soak $(ARGS)
 
 clean: ## remove the environment and every cache below this folder
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -45,7 +45,7 @@ from metrics.catalogue import METRICS, Kind, Metric, Scope
 from metrics.files import Exemplar
 from metrics.layout import Labels, Layout, Series
 
-PROCESS_SCOPES: Final = (Scope.PROCESS, Scope.AUDIT)
+PROCESS_SCOPES: Final = (Scope.PROCESS, Scope.AUDIT, Scope.HOOK)
 BLOCK_VALUES: Final = 32  # written again where one of them has changed
 MAX_PLANS: Final = 16  # P9: an answer's parts change with what is alive, and come back
 

@@ -19,7 +19,19 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from metrics.catalogue import API_SERVER, ENGINE, METRICS, SUPERVISOR, Bounds, Kind, Metric, Scope, bounds_of
+from metrics.catalogue import (
+    API_SERVER,
+    ENGINE,
+    METRICS,
+    SUPERVISOR,
+    VLLM_API_SERVER,
+    VLLM_ENGINE,
+    Bounds,
+    Kind,
+    Metric,
+    Scope,
+    bounds_of,
+)
 
 DIGEST_BYTES: Final = 16
 
@@ -27,6 +39,8 @@ SCOPES: Final = {
     ENGINE: (Scope.ENGINE, Scope.PROCESS),
     API_SERVER: (Scope.REQUEST, Scope.PROCESS),
     SUPERVISOR: (Scope.PROCESS, Scope.AUDIT),
+    VLLM_ENGINE: (Scope.ENGINE, Scope.PROCESS, Scope.HOOK),
+    VLLM_API_SERVER: (Scope.PROCESS, Scope.HOOK),
 }
 
 Labels = tuple[tuple[str, str], ...]

@@ -35,6 +35,7 @@ SCOPES: Final = {
     Scope.REQUEST: "Counted by each API server, summed over them on the public port",
     Scope.PROCESS: "Of every process; with the label `process` on the public port",
     Scope.AUDIT: "Of the supervisor's audit; with the label `process` on the public port",
+    Scope.HOOK: "Of our part inside vLLM; with the label `process`",
     Scope.SCRAPE: "Made while a scrape is answered",
 }
 

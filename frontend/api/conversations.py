@@ -12,9 +12,18 @@ from datetime import datetime
 from typing import Any, Final
 
 from frontend.api.protocol import ChatRequest
-from frontend.api.tools import decoded_calls, described, for_template
+from frontend.api.tools import NamedTool, decoded_calls, described, for_template
 from frontend.errors import BadRequest
-from frontend.parsing import TOOL_FORMATS, Parser, Plain, ReasoningParser, ToolCallParser, guess_tool_format
+from frontend.parsing import (
+    TOOL_FORMATS,
+    CallList,
+    NamedCall,
+    Parser,
+    Plain,
+    ReasoningParser,
+    ToolCallParser,
+    guess_tool_format,
+)
 from frontend.text import ChatTemplate, ChatTemplateError
 
 IN_WORDS: Final = "hermes"  # the format in which tools are described to a template that knows none
@@ -73,6 +82,12 @@ class Conversations:
         """How the answer to this conversation, as it was rendered, is read."""
         if not request.may_call and not self._reasons:
             return WORDS_ONLY
+
+        choice = request.tool_choice
+        if isinstance(choice, NamedTool):
+            return Reading(lambda: NamedCall(choice.function.name))
+        if choice == "required":
+            return Reading(CallList)
 
         def new_parser() -> Parser:
             then = ToolCallParser(self._format) if request.may_call else Plain()

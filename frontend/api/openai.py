@@ -29,6 +29,7 @@ from frontend.api.protocol import (
     too_long,
 )
 from frontend.api.replies import ChatReply, CompletionReply, ContinuousUsage, Reply
+from frontend.api.tools import NamedTool
 from frontend.context import TRACE_HEADERS, RequestContext
 from frontend.counters import GroupCommit
 from frontend.engines import Ask, Asked
@@ -106,7 +107,11 @@ class OpenAIService:
         context = self._context(http, request, "chatcmpl", arrived_at)
         conversation = await self._aside(is_long, self._conversations.render, request, datetime.now())
         prompts = await self._token_ids([conversation], request)
-        reply = ChatReply(**_heading(context, request), token_bytes=self._tokenizer.token_bytes)
+        reply = ChatReply(
+            **_heading(context, request),
+            token_bytes=self._tokenizer.token_bytes,
+            tool_is_named=isinstance(request.tool_choice, NamedTool),
+        )
         reading = self._conversations.reading(request, conversation)
         return await self._answer(http, request, prompts, reply, context, reading=reading)
 
@@ -196,7 +201,8 @@ class OpenAIService:
         is_silent: bool = False,
         reading: Reading = WORDS_ONLY,
     ) -> web.StreamResponse:
-        asks = [Ask(prompt, self._asked(len(prompt), request, context)) for prompt in prompts]
+        constraint = await self._aside(True, request.constraint) if request.has_form else None
+        asks = [Ask(prompt, self._asked(len(prompt), request, context, constraint)) for prompt in prompts]
         options = request.stream_options
         if options.include_usage and options.continuous_usage_stats:
             reply = ContinuousUsage(reply, [len(prompt) for prompt in prompts], request.n)
@@ -226,11 +232,13 @@ class OpenAIService:
             for generation in generations:
                 generation.close()
 
-    def _asked(self, num_prompt_tokens: int, request: GenerationRequest, context: RequestContext) -> Asked:
+    def _asked(
+        self, num_prompt_tokens: int, request: GenerationRequest, context: RequestContext, constraint: str | None
+    ) -> Asked:
         return Asked(
             context=context,
             num_prompt_tokens=num_prompt_tokens,
-            sampling=request.sampling(num_prompt_tokens, self._terms),
+            sampling=request.sampling(num_prompt_tokens, self._terms, constraint),
             n=request.n,
             priority=request.priority,
             cache_salt=request.cache_salt,

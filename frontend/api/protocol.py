@@ -9,13 +9,14 @@ model.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from engine.wire import MAX_BIAS, MAX_LOGPROBS, MAX_SALT_CHARS, SamplingParams, Submit, default, limits
-from frontend.api.tools import Calls, ToolChoice, Tools
+from frontend.api.constraints import Formed, of_named_tool, of_required_tools
+from frontend.api.tools import Calls, NamedTool, ToolChoice, Tools
 from frontend.errors import BadRequest
 
 MAX_PROMPTS: Final = 2048
@@ -159,7 +160,7 @@ class Hints(_Model):
     return_mm_kwargs: Any = None
 
 
-class GenerationRequest(Hints):
+class GenerationRequest(Hints, Formed):
     """What both APIs share."""
 
     model: str | None = None
@@ -229,7 +230,7 @@ class GenerationRequest(Hints):
         """For a client that does not say; `room` is what the context leaves."""
         return room
 
-    def sampling(self, num_prompt_tokens: int, terms: Terms) -> SamplingParams:
+    def sampling(self, num_prompt_tokens: int, terms: Terms, constraint: str | None = None) -> SamplingParams:
         """The parameters of a prompt's sequences; raises BadRequest where they do not fit the prompt or the model."""
         max_model_len = terms.max_model_len
         room = max_model_len - num_prompt_tokens
@@ -253,7 +254,10 @@ class GenerationRequest(Hints):
             raise BadRequest(f"min_tokens is {self.min_tokens}, more than max_tokens: {max_tokens}", param="min_tokens")
         check_token_ids(self.stop_token_ids, terms.vocab_size, "stop_token_ids")
         check_token_ids(self.logit_bias, terms.vocab_size, "logit_bias")
-        return self._sampling(max_tokens)
+        if constraint is not None and self.ignore_eos:
+            message = "an answer of a given form ends where it is complete: not with ignore_eos"
+            raise BadRequest(message, param="ignore_eos")
+        return replace(self._sampling(max_tokens), constraint=constraint)
 
     def _sampling(self, max_tokens: int) -> SamplingParams:
         return SamplingParams(
@@ -279,11 +283,6 @@ _OFF: Final[tuple[Any, ...]] = (None, False, 0, "", [], {})
 _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = dict.fromkeys(
     (
         "logits_processors",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "structured_outputs",
         "use_beam_search",
         "bad_words",
         "allowed_token_ids",
@@ -303,7 +302,6 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = dict.fromkeys(
     ),
     _OFF,
 ) | {
-    "response_format": (*_OFF, {"type": "text"}),
     "logprob_token_ids": (None,),
     "prompt_logprobs": (None,),  # 0 asks for those of the prompt's own tokens
     "length_penalty": (None, 1),
@@ -401,6 +399,18 @@ class ChatRequest(GenerationRequest):
     def wanted_max_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    def constraints(self) -> list[str]:
+        found = super().constraints()
+        if isinstance(self.tool_choice, NamedTool):
+            found.append(of_named_tool(self.tools, self.tool_choice.function.name))
+        elif self.tool_choice == "required":
+            found.append(of_required_tools(self.tools, are_parallel=self.parallel_tool_calls is not False))
+        return found
+
+    @property
+    def has_form(self) -> bool:
+        return super().has_form or self.tool_choice not in ("none", "auto")
+
     @property
     def may_call(self) -> bool:
         """Whether the answer may call a tool."""
@@ -408,9 +418,6 @@ class ChatRequest(GenerationRequest):
 
     def check_supported(self) -> None:
         super().check_supported()
-        if self.tool_choice not in ("none", "auto"):
-            message = "a tool_choice that is required or names a tool is not supported"
-            raise BadRequest(message, param="tool_choice", code="unsupported_parameter")
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
         for number, turn in enumerate(self.messages):

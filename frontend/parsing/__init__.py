@@ -6,6 +6,7 @@ events. It knows no HTTP and no tokens.
 
 from __future__ import annotations
 
+from frontend.parsing.forced_calls import CallList, NamedCall
 from frontend.parsing.formats import TOOL_FORMATS, guess_tool_format
 from frontend.parsing.parts import Arguments, Call, Parser, Part, Plain, Reasoning, Text, joined
 from frontend.parsing.reasoning import ReasoningParser
@@ -15,6 +16,8 @@ __all__ = [
     "TOOL_FORMATS",
     "Arguments",
     "Call",
+    "CallList",
+    "NamedCall",
     "Parser",
     "Part",
     "Plain",

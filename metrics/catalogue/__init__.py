@@ -33,11 +33,13 @@ from metrics.catalogue.metric import (
     STATUSES,
     SUPERVISOR,
     UNDELIVERED_REASONS,
+    VLLM_API_SERVER,
+    VLLM_ENGINE,
     Kind,
     Metric,
     Scope,
 )
-from metrics.catalogue.process import PROCESS_METRICS, SCRAPE_METRICS
+from metrics.catalogue.process import HOOK_METRICS, PROCESS_METRICS, SCRAPE_METRICS
 from metrics.catalogue.request import REQUEST_METRICS
 
 __all__ = [
@@ -61,6 +63,8 @@ __all__ = [
     "STATUSES",
     "SUPERVISOR",
     "UNDELIVERED_REASONS",
+    "VLLM_API_SERVER",
+    "VLLM_ENGINE",
     "Bounds",
     "Kind",
     "Metric",
@@ -69,4 +73,10 @@ __all__ = [
     "parse_overrides",
 ]
 
-METRICS: Final[tuple[Metric, ...]] = (*ENGINE_METRICS, *REQUEST_METRICS, *PROCESS_METRICS, *SCRAPE_METRICS)
+METRICS: Final[tuple[Metric, ...]] = (
+    *ENGINE_METRICS,
+    *REQUEST_METRICS,
+    *PROCESS_METRICS,
+    *HOOK_METRICS,
+    *SCRAPE_METRICS,
+)

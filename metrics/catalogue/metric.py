@@ -21,6 +21,7 @@ class Scope(StrEnum):
     REQUEST = "request"  # each API server; summed over them on the public port
     PROCESS = "process"  # every process; label `process` on the public port
     AUDIT = "audit"  # the supervisor; otherwise as PROCESS
+    HOOK = "hook"  # our part of a process of vLLM's; label `process`
     SCRAPE = "scrape"  # whoever answers a scrape, while answering; in no tally
 
 
@@ -52,6 +53,8 @@ ENGINE: Final = "engine"
 API_SERVER: Final = "api-server"
 SUPERVISOR: Final = "supervisor"
 ROLES: Final = (ENGINE, API_SERVER, SUPERVISOR)  # of processes
+VLLM_ENGINE: Final = "vllm-engine"  # the same inside vLLM
+VLLM_API_SERVER: Final = "vllm-api-server"
 
 FINISHED_REASONS: Final = ("stop", "length", "abort", "error", "repetition")
 ENDED_REASONS: Final = (*FINISHED_REASONS, "server_lost")
@@ -82,6 +85,7 @@ BULKHEADS: Final = (
     "console",
     "tracing",
 )
+VLLM_HOOKS: Final = ("schedule", "preempt", "update", "scrape", "process")  # where our part of vLLM may fail
 AUDIT_LAWS: Final = ("iteration_sum", "iteration_count", "tokens", "prompt_tokens", "sequences", "histograms")
 GENERATIONS: Final = ("0", "1", "2")  # of Python's garbage collector
 CACHE_CONFIG_LABELS: Final = (

@@ -1,4 +1,5 @@
-"""The metrics of every process, those of the supervisor's audit, and those made while answering a scrape. Pure."""
+"""The metrics of every process, those of the supervisor's audit and of our part of vLLM, and those made while answering
+a scrape. Pure."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from metrics.catalogue.metric import (
     GAUGE,
     GENERATIONS,
     PYTHON_INFO_LABELS,
+    VLLM_HOOKS,
     WIRE_KINDS,
     Kind,
     Label,
@@ -100,6 +102,17 @@ PROCESS_METRICS: Final = (
         "By how much the sides of each law differed when the supervisor last audited the tally files.",
         _LAW,
         Scope.AUDIT,
+    ),
+)
+
+HOOK_METRICS: Final = (
+    _process(
+        COUNTER,
+        "wholebatch:vllm_hook_errors_total",
+        "errors",
+        "Faults of our part of vLLM that were caught so that vLLM went on, by where.",
+        (Label("where", VLLM_HOOKS),),
+        Scope.HOOK,
     ),
 )
 

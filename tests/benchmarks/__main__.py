@@ -13,6 +13,7 @@ NOT_BENCHMARKS = (
     "dashboard_pictures",
     "deployed",
     "export_model",
+    "inside_vllm",  # needs vLLM, in an environment of its own
     "instant_engine",
     "llama_cpp",  # runs in an environment of its own
     "report",

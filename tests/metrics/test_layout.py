@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics.catalogue import API_SERVER, ENGINE, METRICS, ROLES, SUPERVISOR, Kind, Scope
+from metrics.catalogue import API_SERVER, ENGINE, METRICS, ROLES, SUPERVISOR, VLLM_API_SERVER, VLLM_ENGINE, Kind, Scope
 from metrics.layout import LayoutError, Shape, build_layout
 
 SHAPE = Shape(num_engines=2, num_api_servers=4, max_model_len=8192)
@@ -52,14 +52,16 @@ def test_whatever_changes_cells_or_their_meaning_changes_the_digest():
 
 
 def test_every_metric_but_the_scrape_ones_is_in_the_layout_of_its_roles():
+    every = {*ROLES, VLLM_ENGINE, VLLM_API_SERVER}
     roles = {
-        Scope.ENGINE: {ENGINE},
+        Scope.ENGINE: {ENGINE, VLLM_ENGINE},
         Scope.REQUEST: {API_SERVER},
-        Scope.PROCESS: set(ROLES),
+        Scope.PROCESS: every,
         Scope.AUDIT: {SUPERVISOR},
+        Scope.HOOK: {VLLM_ENGINE, VLLM_API_SERVER},
         Scope.SCRAPE: set(),
     }
-    layouts = {role: {s.metric.name for s in build_layout(role, SHAPE).series} for role in ROLES}
+    layouts = {role: {s.metric.name for s in build_layout(role, SHAPE).series} for role in every}
     for metric in METRICS:
         assert {role for role, names in layouts.items() if metric.name in names} == roles[metric.scope], metric.name
 

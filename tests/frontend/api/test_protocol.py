@@ -154,8 +154,6 @@ def test_any_bytes_make_a_request_or_a_bad_request(body: bytes):
         ("stream", 1),
         ("model", 3),
         ("suffix", "x"),
-        ("response_format", {"type": "json_object"}),
-        ("guided_json", {"type": "object"}),
         ("use_beam_search", True),
     ],
 )
@@ -185,7 +183,6 @@ def test_a_wrong_message_is_named_by_its_place(param: str, value: Any):
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("audio", {"voice": "x"}),
         ("top_logprobs", 2),
