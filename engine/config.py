@@ -181,6 +181,20 @@ class HttpConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChatConfig:
+    """How chats are read; None and auto: as the model's chat template shows."""
+
+    tool_call_parser: Annotated[
+        Literal["hermes", "llama3_json", "mistral"] | None,
+        Flag("how the model writes tool calls (default: as its chat template shows)"),
+    ] = None
+    reasoning_parser: Annotated[
+        Literal["auto", "think", "none"],
+        Flag("whether <think>…</think> before an answer is told apart (default: as the chat template shows)"),
+    ] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StatsConfig:
     """The statistics plane of one deployment, the same in every process."""
 
@@ -283,6 +297,7 @@ class DeploymentConfig:
         ),
     ]
     http: Annotated[HttpConfig, Group("API servers")]
+    chat: Annotated[ChatConfig, Group("API servers")]
     stats: Annotated[StatsConfig, Group("statistics")]
     runtime_directory: Annotated[
         Text,

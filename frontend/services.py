@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from engine.wire import QUEUED_REQS, QUEUED_TOKENS, Facts, ServerConfig
-from frontend.api import OpenAIService, Terms
+from frontend.api import Conversations, OpenAIService, Terms
 from frontend.counters import GroupCommit, RequestRecord
 from frontend.deployment_view import DeploymentView
 from frontend.engines import Admission, Asked, EngineClients, Identity, InFlight, Limits, Observer
@@ -150,7 +150,7 @@ class Services:
             tokenizer=tokenizer,
             served_model_names=config.model.served_model_names,
             terms=terms_of(config, facts),
-            always_usage=config.http.enable_force_include_usage,
+            conversations=_conversations(config, tokenizer),
         )
 
     def _make_admission(self, config: ServerConfig) -> Admission:
@@ -224,6 +224,7 @@ def terms_of(config: ServerConfig, facts: Facts) -> Terms:
         max_sequences=config.http.max_num_seqs_per_request,
         max_prompt_tokens=None if scheduler.enable_chunked_prefill else scheduler.max_num_batched_tokens,
         allows_priority=scheduler.scheduling_policy == "priority",
+        always_usage=config.http.enable_force_include_usage,
     )
 
 
@@ -253,3 +254,12 @@ def _open_store(config: ServerConfig, layouts: Layouts) -> TallyStore:
     if store.set_aside is not None:
         log.error("event=tally_set_aside reason=%r", store.set_aside)
     return store
+
+
+def _conversations(config: ServerConfig, tokenizer: Tokenizer) -> Conversations:
+    chosen = config.chat.reasoning_parser
+    return Conversations(
+        tokenizer.chat_template,
+        tool_format=config.chat.tool_call_parser,
+        reasons=None if chosen == "auto" else chosen == "think",
+    )

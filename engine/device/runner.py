@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 from engine.config import CacheConfig, ModelConfig, SchedulerConfig
+from engine.device.constraints import Constraints
 from engine.device.kernels import HAS_INT8, FlatBatch, Kernels, kernels_for
 from engine.device.models import Decoder, FlatInput, decoder_for
 from engine.device.sampler import Sampler
 from engine.device.weights import ModelError, ModelSpec, RotatedCheckpoint, open_checkpoint
 from engine.host import Share, share
 from engine.schedule import Batch, SampledToken, SamplingParams, ScheduledSequence
+from engine.vocabulary import load_parts
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GIB = 2**30
@@ -111,7 +113,8 @@ class TorchRunner:
         known_ends = frozenset(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         if known_ends != spec.eos_token_ids:
             progress(f"end tokens {sorted(spec.eos_token_ids - known_ends)} are beyond the vocabulary: ignored")
-        sampler = Sampler(decoder.head, seed=model.seed or 0, eos_token_ids=known_ends)
+        constraints = Constraints(partial(load_parts, model.path), spec.vocab_size, known_ends)
+        sampler = Sampler(decoder.head, seed=model.seed or 0, eos_token_ids=known_ends, constraints=constraints)
         runner = cls(decoder, kernels, kv_caches, sampler, max_model_len=max_model_len)
         progress("computing first batches; on a first start that compiles kernels, for some seconds")
         runner._warm_up()
@@ -143,7 +146,8 @@ class TorchRunner:
             self.run(Batch([part] * count))
 
     def release(self, sequence_ids: Sequence[int]) -> None:
-        """Does nothing: nothing is kept per sequence."""
+        """Forget what is kept of these sequences, which have ended: their constraints."""
+        self._sampler.release(sequence_ids)
 
     # --- from lists to tensors ---
 

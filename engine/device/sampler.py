@@ -1,7 +1,8 @@
 """Hidden states and sampling parameters to tokens, a whole batch at a time.
 
 Stateless: everything is derived from the sequence's tokens, so preemption and recomputation change nothing. The order
-of operations is vLLM's: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
+of operations is vLLM's: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p. A constraint hides what it
+does not allow before temperature.
 
 Randomness is one number in [0, 1) for each token, a hash of (seed, number of tokens generated so far); the token is
 where the cumulative distribution, in vocabulary order, passes it: first the block of tokens, then the token in it. So
@@ -24,6 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
+from engine.device.constraints import Constraints
 from engine.device.kernels import Head, argmax
 from engine.schedule import LEAST_TEMPERATURE, SampledToken, SamplingParams, ScheduledSequence, TokenLogprobs
 
@@ -41,8 +43,11 @@ _NOTHING_TO_SAMPLE = SampledToken(
 class Sampler:
     """Holds what is the same for every batch: the head, the seed and the end tokens."""
 
-    def __init__(self, head: Head, *, seed: int, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, head: Head, *, seed: int, eos_token_ids: frozenset[int], constraints: Constraints | None = None
+    ) -> None:
         self._head = head
+        self._constraints = constraints
         self._seed = seed
         self.eos_token_ids = eos_token_ids
 
@@ -140,6 +145,14 @@ class Sampler:
             output = torch.tensor(sequence.token_ids[num_prompt:], dtype=torch.int64, device=row.device)
             seen, times = torch.unique(output, return_counts=True)
             row[seen] -= sampling.presence_penalty + sampling.frequency_penalty * times
+        if sampling.constraint is not None:
+            assert self._constraints is not None, "there is nobody to follow a constraint"
+            self._constraints.apply(row, sequence)
+
+    def release(self, sequence_ids: Sequence[int]) -> None:
+        """Forget what is kept of these sequences."""
+        if self._constraints is not None:
+            self._constraints.release(sequence_ids)
 
     def _draw(self, logits: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """One random token a row, and whether there was one to draw. The logits are changed in place."""
@@ -202,6 +215,7 @@ def _adjusts(sampling: SamplingParams) -> bool:
         or sampling.repetition_penalty != 1.0
         or sampling.presence_penalty
         or sampling.frequency_penalty
+        or sampling.constraint is not None
     )
 
 

@@ -251,6 +251,7 @@ class Supervisor:
         return ServerConfig(
             **self._child(action, lifeline_fd),
             http=self._config.http,
+            chat=self._config.chat,
             port=self._public.getsockname()[1],
             listen_fd=self._public.fileno(),
             admin_fd=self._admin[action.index].fileno(),

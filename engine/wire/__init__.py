@@ -39,7 +39,14 @@ from engine.wire.messages import (
     parse_identity,
     work_endpoint,
 )
-from engine.wire.sampling import LEAST_TEMPERATURE, MAX_BIAS, MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from engine.wire.sampling import (
+    LEAST_TEMPERATURE,
+    MAX_BIAS,
+    MAX_CONSTRAINT_CHARS,
+    MAX_LOGPROBS,
+    SamplingParams,
+    TokenLogprobs,
+)
 from engine.wire.start import EngineConfig, ServerConfig, decode_engine_config, decode_server_config
 
 __all__ = [
@@ -47,6 +54,7 @@ __all__ = [
     "FINISH_REASONS",
     "LEAST_TEMPERATURE",
     "MAX_BIAS",
+    "MAX_CONSTRAINT_CHARS",
     "MAX_LOGPROBS",
     "MAX_SALT_CHARS",
     "QUEUED_REQS",

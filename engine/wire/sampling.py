@@ -15,6 +15,7 @@ from engine.bounds import Count, Finite
 
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
+MAX_CONSTRAINT_CHARS = 2**18
 # What float32 can compute with, whatever a model's (finite) logits are. Lower temperatures are raised to the least, as
 # vLLM does; 0 stays greedy.
 LEAST_TEMPERATURE = 0.01
@@ -35,7 +36,8 @@ class SamplingParams:
     `temperature` 0 is greedy; between 0 and LEAST_TEMPERATURE it counts as that. `top_k` 0 means no limit. `seed` None
     lets the engine draw one.
     `logit_bias` is (token id, bias) pairs. `logprobs` is how many alternatives to report beside the sampled
-    token (0: only the sampled token's own), None for none.
+    token (0: only the sampled token's own), None for none. `constraint` is a grammar in llguidance's words that the
+    text must follow.
     """
 
     max_tokens: Annotated[int, Meta(ge=1)]
@@ -52,6 +54,7 @@ class SamplingParams:
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     stop_token_ids: tuple[Count, ...] = ()
     ignore_eos: bool = False
+    constraint: Annotated[str, Meta(max_length=MAX_CONSTRAINT_CHARS)] | None = None
 
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:

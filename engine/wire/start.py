@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from engine.bounds import Count, Port, Positive, Text
-from engine.config import CacheConfig, HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
+from engine.config import CacheConfig, ChatConfig, HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
 from engine.wire.codec import decode, kinds
 from engine.wire.deployment import Facts
 from metrics.layout import Shape
@@ -54,6 +54,7 @@ class ServerConfig(ChildConfig):
     """What one API server is told at its start."""
 
     http: HttpConfig
+    chat: ChatConfig
     port: Port  # the one that is listened on, where `http` may say 0
     listen_fd: Count  # the public socket, listening already, shared by all API servers
     admin_fd: Count  # this API server's own listening socket

@@ -6,10 +6,12 @@ for each piece (P4): take it, count it, commit, write it.
 
 from __future__ import annotations
 
+from frontend.api.conversations import Conversations
 from frontend.api.openai import OpenAIService, routes
 from frontend.api.protocol import Terms
 
 __all__ = [
+    "Conversations",
     "OpenAIService",
     "Terms",
     "routes",

@@ -1,8 +1,9 @@
 """One HTTP request's sequences, from the engine's tokens to pieces of text, and the account of every token.
 
 A piece is what one turn adds to one choice; tokens whose text is still held back (half a character, the beginning of a
-stop string) wait and come with the next piece. P4: whoever writes pieces first counts them as delivered, has that
-committed (`frontend.counters.group_commit`), then writes; and calls `close` in a finally. `frontend.api.delivery` does.
+stop string or of a tool call) wait and come with the next piece. P4: whoever writes pieces first counts them as
+delivered, has that committed (`frontend.counters.group_commit`), then writes; and calls `close` in a finally.
+`frontend.api.delivery` does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple, Protocol
 from engine.wire import Finish, TokenLogprobs
 from frontend.engines import Delta
 from frontend.errors import GenerationFailed
+from frontend.parsing import Parser, Part, joined
 from frontend.text import SequenceText
 
 
@@ -54,17 +56,20 @@ class ShownToken:
 
 @dataclass(slots=True)
 class Piece:
-    """What is new of one choice. `tokens` is filled only where log probabilities were asked for."""
+    """What is new of one choice. Its words are `text`, or where a parser reads them `parts`. `tokens` is filled only
+    where log probabilities were asked for."""
 
     choice: int
     text: str = ""
     num_tokens: int = 0
     tokens: list[ShownToken] = field(default_factory=list)
     finish_reason: str | None = None
+    parts: list[Part] = field(default_factory=list)
 
     def extend(self, later: Piece) -> None:
         """Make this piece the two together."""
         self.text += later.text
+        self.parts = joined(self.parts + later.parts)
         self.num_tokens += later.num_tokens
         self.tokens += later.tokens
         self.finish_reason = later.finish_reason
@@ -73,11 +78,22 @@ class Piece:
 class _Choice:
     """One sequence: its text, and the piece that is being gathered."""
 
-    __slots__ = ("_is_silent", "_piece", "_shows_stop_token", "_text", "is_finished", "num_cached_tokens")
+    __slots__ = (
+        "_is_silent",
+        "_parser",
+        "_piece",
+        "_shows_stop_token",
+        "_text",
+        "is_finished",
+        "num_cached_tokens",
+    )
 
-    def __init__(self, number: int, text: SequenceText, *, shows_stop_token: bool, is_silent: bool) -> None:
+    def __init__(
+        self, number: int, text: SequenceText, parser: Parser | None, *, shows_stop_token: bool, is_silent: bool
+    ) -> None:
         self._piece = Piece(number)
         self._text = text
+        self._parser = parser
         self._shows_stop_token = shows_stop_token
         self._is_silent = is_silent
         self.is_finished = False
@@ -92,7 +108,7 @@ class _Choice:
             self.is_finished = True
             return len(delta.token_ids)
         if delta.finish is None and delta.logprobs is None and not self._text.is_searched:
-            self._piece.text += self._text.append_all(delta.token_ids)
+            self._say(self._text.append_all(delta.token_ids))
             self._piece.num_tokens += len(delta.token_ids)
             return 0
         num_taken = self._take_each(delta)
@@ -114,9 +130,15 @@ class _Choice:
                 shown.append(self._text.append(token_id))
             if self._text.has_stopped:
                 break
-        self._piece.text += "".join(shown)
+        self._say("".join(shown))
         self._piece.num_tokens += position + 1
         return position + 1
+
+    def _say(self, text: str) -> None:
+        if self._parser is None:
+            self._piece.text += text
+        elif text:
+            self._piece.parts += self._parser.feed(text)
 
     def _num_hidden(self, delta: Delta) -> int:
         """1 where the last token is the one that the engine stopped at: end of text, or one of `stop_token_ids`."""
@@ -125,11 +147,13 @@ class _Choice:
 
     def _end(self, finish: Finish | None) -> None:
         if finish is not None:
-            self._piece.text += self._text.finish()
+            self._say(self._text.finish())
             self._piece.finish_reason = finish.reason
         if self._text.has_stopped:
             self._piece.finish_reason = "stop"
         self.is_finished = self._piece.finish_reason is not None
+        if self.is_finished and self._parser is not None:
+            self._piece.parts += self._parser.finish()
 
     @property
     def has_stopped(self) -> bool:
@@ -139,9 +163,10 @@ class _Choice:
     def pop_piece(self) -> Piece | None:
         """What can be shown now."""
         piece = self._piece
-        if not piece.text and piece.finish_reason is None:
+        if not (piece.text or piece.parts) and piece.finish_reason is None:
             return None
         self._piece = Piece(piece.choice)
+        piece.parts = joined(piece.parts)
         return piece
 
 
@@ -155,6 +180,7 @@ class Answer:
         *,
         n: int,
         num_prompt_tokens: int,
+        new_parser: Callable[[], Parser] | None = None,
         shows_stop_token: bool = False,
         is_silent: bool = False,
     ) -> None:
@@ -163,7 +189,14 @@ class Answer:
         self._n = n
         numbers = range(len(generations) * n)
         choices = [
-            _Choice(number, new_text(), shows_stop_token=shows_stop_token, is_silent=is_silent) for number in numbers
+            _Choice(
+                number,
+                new_text(),
+                None if new_parser is None else new_parser(),
+                shows_stop_token=shows_stop_token,
+                is_silent=is_silent,
+            )
+            for number in numbers
         ]
         self._choices = [choices[at : at + n] for at in range(0, len(choices), n)]  # of each generation
         self._num_undelivered = [n] * len(generations)  # choices of each prompt whose last piece is not delivered

@@ -15,6 +15,7 @@ from typing import Any, Final, ParamSpec, Protocol, TypeVar
 from aiohttp import web
 
 from frontend.api.answer import Answer, TokenSource
+from frontend.api.conversations import WORDS_ONLY, Conversations, Reading
 from frontend.api.delivery import stream, whole
 from frontend.api.protocol import (
     ChatRequest,
@@ -27,12 +28,13 @@ from frontend.api.protocol import (
     too_long,
 )
 from frontend.api.replies import ChatReply, CompletionReply, ContinuousUsage, Reply
+from frontend.api.tools import NamedTool
 from frontend.context import TRACE_HEADERS, RequestContext
 from frontend.counters import GroupCommit
 from frontend.engines import Ask, Asked
 from frontend.errors import ApiError, BadRequest, NotFound, UnsupportedMediaType
 from frontend.routes import Handler, Route, request_id, route_of
-from frontend.text import ChatTemplateError, SequenceText, Stops, StopStrings, Tokenizer
+from frontend.text import SequenceText, Stops, StopStrings, Tokenizer
 
 # More is read, rendered and tokenised in a thread. Measured: 0.7 to 8 µs a character of text, 14 µs a message.
 LONG_BODY: Final = 16_384  # bytes
@@ -65,7 +67,7 @@ class OpenAIService:
         tokenizer: Tokenizer,
         served_model_names: Sequence[str],
         terms: Terms,
-        always_usage: bool = False,
+        conversations: Conversations | None = None,
         created_unix: int | None = None,
     ) -> None:
         self._clients = clients
@@ -73,7 +75,7 @@ class OpenAIService:
         self._tokenizer = tokenizer
         self._names = tuple(served_model_names)
         self._terms = terms
-        self._always_usage = always_usage
+        self._conversations = conversations or Conversations(tokenizer.chat_template)
         self._working_aside = asyncio.Semaphore(MAX_ASIDE)
         self._created_unix = int(time.time()) if created_unix is None else created_unix
 
@@ -102,10 +104,15 @@ class OpenAIService:
         request = await self._aside(is_long, parse_request, ChatRequest, body)
         request.check_terms(self._terms)
         context = self._context(http, request, "chatcmpl", arrived_at)
-        conversation = await self._aside(is_long, self._conversation, request)
+        conversation = await self._aside(is_long, self._conversations.render, request, datetime.now())
         prompts = await self._token_ids([conversation], request)
-        reply = ChatReply(**self._heading(context, request), token_bytes=self._tokenizer.token_bytes)
-        return await self._answer(http, request, prompts, reply, context)
+        reply = ChatReply(
+            **self._heading(context, request),
+            token_bytes=self._tokenizer.token_bytes,
+            tool_is_named=isinstance(request.tool_choice, NamedTool),
+        )
+        reading = self._conversations.reading(request, conversation)
+        return await self._answer(http, request, prompts, reply, context, reading=reading)
 
     async def models(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/models."""
@@ -164,20 +171,6 @@ class OpenAIService:
             trace_headers={name: http.headers[name] for name in TRACE_HEADERS if name in http.headers},
         )
 
-    def _conversation(self, request: ChatRequest) -> str:
-        template = self._tokenizer.chat_template
-        if template is None:
-            raise BadRequest("this model has no chat template: use /v1/completions", param="messages")
-        try:
-            return template.render(
-                [message.model_dump(exclude_none=True) for message in request.messages],
-                now=datetime.now(),
-                add_generation_prompt=request.add_generation_prompt,
-                arguments=request.chat_template_kwargs,
-            )
-        except ChatTemplateError as error:
-            raise BadRequest(str(error), param="messages") from error
-
     async def _token_ids(self, prompts: Sequence[Prompt], request: GenerationRequest) -> list[list[int]]:
         """Each prompt's. What cannot be served is refused before anything is tokenised."""
         self._clients.check(request.num_sequences)
@@ -216,7 +209,7 @@ class OpenAIService:
 
     def _has_usage(self, request: GenerationRequest) -> bool:
         """Whether a stream ends with how many tokens there were."""
-        return self._always_usage or request.stream_options.include_usage
+        return self._terms.always_usage or request.stream_options.include_usage
 
     def _heading(self, context: RequestContext, request: GenerationRequest) -> dict[str, Any]:
         """What every object of the answer says of itself."""
@@ -236,8 +229,10 @@ class OpenAIService:
         context: RequestContext,
         *,
         is_silent: bool = False,
+        reading: Reading = WORDS_ONLY,
     ) -> web.StreamResponse:
-        asks = [Ask(prompt, self._asked(len(prompt), request, context)) for prompt in prompts]
+        constraint = await self._aside(True, request.constraint) if request.has_form else None
+        asks = [Ask(prompt, self._asked(len(prompt), request, context, constraint)) for prompt in prompts]
         if self._has_usage(request) and request.stream_options.continuous_usage_stats:
             reply = ContinuousUsage(reply, [len(prompt) for prompt in prompts], request.n)
         generations: list[TokenSource] = []
@@ -246,7 +241,8 @@ class OpenAIService:
             stops = Stops(request.stop, includes_stop=request.include_stop_str_in_output)
             answer = Answer(
                 generations,
-                lambda: self._sequence_text(request, stops),
+                lambda: self._sequence_text(request, stops, reading),
+                new_parser=reading.new_parser,
                 n=request.n,
                 num_prompt_tokens=sum(map(len, prompts)),
                 shows_stop_token=request.include_stop_str_in_output,
@@ -265,19 +261,22 @@ class OpenAIService:
             for generation in generations:
                 generation.close()
 
-    def _asked(self, num_prompt_tokens: int, request: GenerationRequest, context: RequestContext) -> Asked:
+    def _asked(
+        self, num_prompt_tokens: int, request: GenerationRequest, context: RequestContext, constraint: str | None
+    ) -> Asked:
         return Asked(
             context=context,
             num_prompt_tokens=num_prompt_tokens,
-            sampling=request.sampling(num_prompt_tokens, self._terms),
+            sampling=request.sampling(num_prompt_tokens, self._terms, constraint),
             n=request.n,
             priority=request.priority,
             cache_salt=request.cache_salt,
         )
 
-    def _sequence_text(self, request: GenerationRequest, stops: Stops) -> SequenceText:
+    def _sequence_text(self, request: GenerationRequest, stops: Stops, reading: Reading) -> SequenceText:
+        skips_special_tokens = request.skip_special_tokens and not reading.needs_special_tokens
         return SequenceText(
-            self._tokenizer.detokenizer(skip_special_tokens=request.skip_special_tokens),
+            self._tokenizer.detokenizer(skip_special_tokens=skips_special_tokens),
             StopStrings(stops),
             min_tokens=request.min_tokens,
         )

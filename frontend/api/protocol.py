@@ -9,12 +9,14 @@ model.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from engine.wire import MAX_BIAS, MAX_LOGPROBS, MAX_SALT_CHARS, SamplingParams, Submit, default, limits
+from frontend.api.constraints import Formed, of_named_tool, of_required_tools
+from frontend.api.tools import Calls, NamedTool, ToolChoice, Tools
 from frontend.errors import BadRequest
 
 MAX_PROMPTS: Final = 2048
@@ -120,13 +122,15 @@ AT_RANDOM: Final = -1  # a seed that asks for none, as many clients say it
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """What a deployment lets one request ask for. `vocab_size` is the model's, which may be padded beyond the
-    tokenizer's; `max_prompt_tokens` is what an iteration takes where prompts are not computed in parts."""
+    tokenizer's; `max_prompt_tokens` is what an iteration takes where prompts are not computed in parts; `always_usage`:
+    every stream ends with its usage, asked for or not."""
 
     max_model_len: int
     vocab_size: int
     max_sequences: int
     max_prompt_tokens: int | None = None
     allows_priority: bool = False
+    always_usage: bool = False
 
 
 class StreamOptions(_Model):
@@ -158,7 +162,7 @@ class Hints(_Model):
     return_mm_kwargs: Any = None
 
 
-class GenerationRequest(Hints):
+class GenerationRequest(Hints, Formed):
     """What both APIs share."""
 
     model: str | None = None
@@ -228,7 +232,7 @@ class GenerationRequest(Hints):
         """For a client that does not say; `room` is what the context leaves."""
         return room
 
-    def sampling(self, num_prompt_tokens: int, terms: Terms) -> SamplingParams:
+    def sampling(self, num_prompt_tokens: int, terms: Terms, constraint: str | None = None) -> SamplingParams:
         """The parameters of a prompt's sequences; raises BadRequest where they do not fit the prompt or the model."""
         max_model_len = terms.max_model_len
         room = max_model_len - num_prompt_tokens
@@ -252,7 +256,10 @@ class GenerationRequest(Hints):
             raise BadRequest(f"min_tokens is {self.min_tokens}, more than max_tokens: {max_tokens}", param="min_tokens")
         check_token_ids(self.stop_token_ids, terms.vocab_size, "stop_token_ids")
         check_token_ids(self.logit_bias, terms.vocab_size, "logit_bias")
-        return self._sampling(max_tokens)
+        if constraint is not None and self.ignore_eos:
+            message = "an answer of a given form ends where it is complete: not with ignore_eos"
+            raise BadRequest(message, param="ignore_eos")
+        return replace(self._sampling(max_tokens), constraint=constraint)
 
     def _sampling(self, max_tokens: int) -> SamplingParams:
         return SamplingParams(
@@ -278,11 +285,6 @@ _OFF: Final[tuple[Any, ...]] = (None, False, 0, "", [], {})
 _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = dict.fromkeys(
     (
         "logits_processors",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "structured_outputs",
         "use_beam_search",
         "bad_words",
         "allowed_token_ids",
@@ -302,7 +304,6 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = dict.fromkeys(
     ),
     _OFF,
 ) | {
-    "response_format": (*_OFF, {"type": "text"}),
     "logprob_token_ids": (None,),
     "prompt_logprobs": (None,),  # 0 asks for those of the prompt's own tokens
     "length_penalty": (None, 1),
@@ -356,10 +357,11 @@ class CompletionRequest(GenerationRequest):
 
 
 class Message(_Model):
-    """One turn of a conversation; fields beside these two (`name`) go to the template as they are."""
+    """One turn of a conversation; fields beside these (`name`, `tool_call_id`) go to the template as they are."""
 
     role: str = Field(min_length=1)
     content: Annotated[str, PlainValidator(_content)] = ""
+    tool_calls: Calls | None = None
 
 
 class ChatRequest(GenerationRequest):
@@ -372,11 +374,11 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool = True
     add_special_tokens: bool = False  # the template writes them
     chat_template_kwargs: dict[str, Any] = Field({}, max_length=MAX_FIELDS)
+    tools: Tools = []
+    tool_choice: ToolChoice = "auto"
 
     PROMPT_PARAM: ClassVar[str] = "messages"
     UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED | {
-        "tools": _OFF,
-        "tool_choice": (*_OFF, "none", "auto"),
         "functions": _OFF,
         "function_call": (*_OFF, "none", "auto"),
         "modalities": (*_OFF, ["text"]),
@@ -399,13 +401,30 @@ class ChatRequest(GenerationRequest):
     def wanted_max_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    def constraints(self) -> list[str]:
+        found = super().constraints()
+        if isinstance(self.tool_choice, NamedTool):
+            found.append(of_named_tool(self.tools, self.tool_choice.function.name))
+        elif self.tool_choice == "required":
+            found.append(of_required_tools(self.tools, are_parallel=self.parallel_tool_calls is not False))
+        return found
+
+    @property
+    def has_form(self) -> bool:
+        return super().has_form or self.tool_choice not in ("none", "auto")
+
+    @property
+    def may_call(self) -> bool:
+        """Whether the answer may call a tool."""
+        return bool(self.tools) and self.tool_choice != "none"
+
     def check_supported(self) -> None:
         super().check_supported()
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-        for number, message in enumerate(self.messages):
-            for name in ("tool_calls", "function_call", "audio"):
-                if (message.model_extra or {}).get(name) not in _OFF:
+        for number, turn in enumerate(self.messages):
+            for name in ("function_call", "audio"):
+                if (turn.model_extra or {}).get(name) not in _OFF:
                     raise BadRequest(f"{name} is not supported", param=f"messages[{number}].{name}")
 
 

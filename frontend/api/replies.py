@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from frontend.api.answer import Piece, ShownToken, Usage
+from frontend.parsing import Arguments, Call, Part, Reasoning, Text
 
 TokenBytes = Callable[[int], bytes]
 DONE = "data: [DONE]\n\n"
@@ -168,9 +170,21 @@ class CompletionReply:
 
 
 class ChatReply:
-    """/v1/chat/completions. In a stream each choice begins with its role and ends with its reason."""
+    """/v1/chat/completions. In a stream each choice begins with its role and ends with its reason, which is
+    `tool_calls` where it has called a tool by its own choice."""
 
-    def __init__(self, *, id: str, created: int, model: str, has_usage: bool, token_bytes: TokenBytes) -> None:
+    def __init__(
+        self,
+        *,
+        id: str,
+        created: int,
+        model: str,
+        has_usage: bool,
+        token_bytes: TokenBytes,
+        tool_is_named: bool = False,
+    ) -> None:
+        self._tool_is_named = tool_is_named
+        self._callers: set[int] = set()  # choices that have called a tool
         self._chunk = _Envelope("chat.completion.chunk", id=id, created=created, model=model, has_usage=has_usage)
         self._whole = _Envelope("chat.completion", id=id, created=created, model=model, has_usage=has_usage)
         self._token_bytes = token_bytes
@@ -182,13 +196,37 @@ class ChatReply:
         if piece.choice not in self._begun:
             self._begun.add(piece.choice)
             said.append(event(self._delta(piece.choice, {"role": "assistant", "content": ""})))
-        if piece.tokens:
+        if piece.parts:
+            deltas = [self._part(piece.choice, part) for part in piece.parts]
+            tokens = [piece.tokens, *([()] * (len(deltas) - 1))]
+            said += [
+                event(self._delta(piece.choice, delta, tokens=shown))
+                for delta, shown in zip(deltas, tokens, strict=True)
+            ]
+        elif piece.tokens:
             said.append(event(self._delta(piece.choice, {"content": piece.text}, tokens=piece.tokens)))
         elif piece.text:
             said.append(self._text_events.of(piece.choice, piece.text))
         if piece.finish_reason is not None:
-            said.append(event(self._delta(piece.choice, {}, finish_reason=piece.finish_reason)))
+            said.append(event(self._delta(piece.choice, {}, finish_reason=self._reason(piece))))
         return "".join(said)
+
+    def _part(self, choice: int, part: Part) -> dict[str, Any]:
+        """The delta that says one part."""
+        match part:
+            case Text(text):
+                return {"content": text}
+            case Reasoning(text):
+                return {"reasoning_content": text}
+            case Call(number, name):
+                self._callers.add(choice)
+                return {"tool_calls": [{"index": number, **_call(name, "")}]}
+            case Arguments(number, text):
+                return {"tool_calls": [{"index": number, "function": {"arguments": text}}]}
+
+    def _reason(self, piece: Piece) -> str | None:
+        has_called = piece.choice in self._callers and not self._tool_is_named
+        return "tool_calls" if has_called and piece.finish_reason == "stop" else piece.finish_reason
 
     def last_events(self, usage: Usage) -> str:
         return self._chunk.last_events(usage)
@@ -210,12 +248,33 @@ class ChatReply:
         )
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text, "refusal": None} | self._message(piece)
         return {
             "index": piece.choice,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(piece.tokens),
-            "finish_reason": piece.finish_reason,
+            "finish_reason": self._reason(piece),
         }
+
+    def _message(self, piece: Piece) -> dict[str, Any]:
+        """What the parts of a whole answer say in place of its text."""
+        calls: list[dict[str, Any]] = []
+        said = {Text: "", Reasoning: ""}
+        for part in piece.parts:
+            match part:
+                case Call(_, name):
+                    self._callers.add(piece.choice)
+                    calls.append(_call(name, ""))
+                case Arguments(number, text):
+                    calls[number]["function"]["arguments"] += text
+                case Text(text) | Reasoning(text):
+                    said[type(part)] += text
+        if not piece.parts:
+            return {}
+        message: dict[str, Any] = {"content": said[Text] or (None if calls else "")}
+        if said[Reasoning]:
+            message["reasoning_content"] = said[Reasoning]
+        return message | ({"tool_calls": calls} if calls else {})
 
     def _logprobs(self, tokens: Sequence[ShownToken]) -> dict[str, Any] | None:
         if not tokens:
@@ -229,3 +288,11 @@ class ChatReply:
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         raw = self._token_bytes(token_id)
         return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }

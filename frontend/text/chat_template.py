@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, Final, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 
@@ -61,8 +61,10 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         if len(source) > MAX_SOURCE:
             raise ChatTemplateError(f"the chat template has {len(source)} characters, more than {MAX_SOURCE}")
+        self.source = source
         try:
             self._template = environment.from_string(source)
+            self.takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except (*_RENDER_ERRORS, SyntaxError, RecursionError, MemoryError) as error:  # of Python's compiler, too
             raise ChatTemplateError(f"the chat template is broken: {error or type(error).__name__}") from error
         self._special_tokens = dict(special_tokens)

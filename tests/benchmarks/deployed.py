@@ -27,7 +27,7 @@ from typing import Any
 import zmq
 
 from engine import wire
-from engine.config import CacheConfig, HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
+from engine.config import CacheConfig, ChatConfig, HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
 from engine.loop.beacon import Beacon, Shared
 from engine.schedule.batch import IterationCounts
 from engine.schedule.record import Recorder
@@ -211,6 +211,7 @@ def _config(
         port=0,
         model=ModelConfig(path=str(model), served_model_names=("m",)),
         http=HttpConfig(),
+        chat=ChatConfig(),
         scheduler=SchedulerConfig(),
         stats=StatsConfig(),
         patience=Patience(drain_timeout_s=1.0),

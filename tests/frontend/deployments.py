@@ -18,7 +18,7 @@ from aiohttp import ClientSession, ClientTimeout
 from aiohttp.test_utils import TestServer
 
 from engine import wire
-from engine.config import HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
+from engine.config import ChatConfig, HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
 from engine.wire import Finish, Hello, Output, Outputs, ServerConfig, Start, Submit
 from engine.wire.deployment import Deployment, Facts, ProcessEntry
 from frontend.app import State, admin_app, public_app
@@ -56,6 +56,7 @@ def make_config(directory: str, **changes: Any) -> ServerConfig:
     sections: dict[str, Any] = {
         "model": section(ModelConfig, path="/nowhere", served_model_names=("tiny",)),
         "http": section(HttpConfig),
+        "chat": section(ChatConfig),
         "scheduler": section(SchedulerConfig),
         "stats": section(StatsConfig),
         "patience": section(Patience, drain_timeout_s=5.0),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from frontend.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, gguf_tokenizer
-from frontend.text.tokenizer import Tokenizer, _byte_level_alphabet
+from engine.vocabulary.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, gguf_tokenizer
+from engine.vocabulary.token_bytes import _byte_level_alphabet
+from frontend.text.tokenizer import Tokenizer
 
 ALPHABET = sorted(_byte_level_alphabet(), key=_byte_level_alphabet().__getitem__)
 END = 256

@@ -3,7 +3,7 @@
 A new family is a row here. If it computes something new, it has a decoder of its own as well, a module of
 `engine.device.models` that is named there in one line. Its spec is read from config.json (`huggingface`) or from GGUF
 metadata (`gguf_checkpoint`) by these rows. How a GGUF file's text is cut into words is no matter of families: files
-name that themselves, and `frontend/text/pre_tokenizers.py` has the table, since API servers load no tensors.
+name that themselves, and `engine/vocabulary/pre_tokenizers.py` has the table, since API servers load no tensors.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         logit_bias=tuple(draw(st.lists(st.tuples(st.integers(0, 1000), st.floats(-100, 100)), max_size=3))),
         logprobs=draw(st.none() | st.integers(0, MAX_LOGPROBS)),
         stop_token_ids=tuple(draw(token_lists)),
+        constraint=draw(st.none() | st.text(max_size=5)),
         ignore_eos=draw(st.booleans()),
     )
 
@@ -224,6 +225,7 @@ BEYOND = {  # of every parameter that has bounds
     "logprobs": (-1, MAX_LOGPROBS + 1, True),
     "stop_token_ids": ([-1], [True], "1"),
     "ignore_eos": (1, None),
+    "constraint": (1, "x" * (2**18 + 1)),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import CacheConfig, HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
+from engine.config import CacheConfig, ChatConfig, HttpConfig, ModelConfig, Patience, SchedulerConfig, StatsConfig
 from engine.wire import (
     EngineConfig,
     Facts,
@@ -74,6 +74,7 @@ ENGINE = EngineConfig(**CHILD, cache=CacheConfig(), facts=None)
 SERVER = ServerConfig(
     **CHILD,
     http=HttpConfig(api_keys=("secret",)),
+    chat=ChatConfig(),
     port=8000,
     listen_fd=6,
     admin_fd=7,
@@ -95,6 +96,7 @@ def test_an_api_servers_configuration_is_read_as_it_was_written(model, stats, pa
         stats=stats,
         patience=patience,
         http=http,
+        chat=ChatConfig(),
         num_api_servers=len(addresses),
         admin_addresses=addresses,
     )

@@ -25,6 +25,7 @@ from frontend.api.answer import Answer, Piece
 from frontend.api.openai import OpenAIService, routes
 from frontend.api.protocol import Terms
 from frontend.errors import EngineLost, EngineUnavailable, TooManyRequests, error_middleware
+from frontend.parsing import TOOL_FORMATS, ToolCallParser
 from frontend.routes import mount
 from frontend.text.detokenizer import SequenceText, Stops, StopStrings
 from tests.fakes import FakeClients, FakeGeneration, fake_delta, fake_finish, fake_start
@@ -73,16 +74,16 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
-async def post(clients: FakeClients, path: str, status: int = 200, **body: Any) -> Any:
-    async with serving(clients) as http:
+async def post(clients: FakeClients, path: str, status: int = 200, *, terms: Terms = TERMS, **body: Any) -> Any:
+    async with serving(clients, terms) as http:
         answer = await http.post(path, json=body)
         assert answer.status == status, await answer.text()
         return await answer.json()
 
 
-async def stream(clients: FakeClients, path: str, **body: Any) -> list[Any]:
+async def stream(clients: FakeClients, path: str, terms: Terms = TERMS, **body: Any) -> list[Any]:
     """The events' data; the last is "[DONE]" where it should be."""
-    async with serving(clients) as http:
+    async with serving(clients, terms) as http:
         answer = await http.post(path, json=body | {"stream": True})
         assert answer.status == 200, await answer.text()
         assert answer.content_type == "text/event-stream"
@@ -218,7 +219,7 @@ async def test_special_tokens_are_shown_where_asked_for():
     assert (await post(FakeClients(script), COMPLETIONS, prompt="x"))["choices"][0]["text"] == "ab"
     shown = await post(FakeClients(script), COMPLETIONS, prompt="x", skip_special_tokens=False)
     assert shown["choices"][0]["text"] == "a<start>b"
-    stop_too = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+    stop_too: dict[str, Any] = {"skip_special_tokens": False, "include_stop_str_in_output": True}
     shown = await post(FakeClients(script), COMPLETIONS, prompt="x", **stop_too)
     assert shown["choices"][0]["text"] == "a<start>b<end>"
 
@@ -729,3 +730,62 @@ async def test_nothing_is_tokenised_for_a_request_that_has_no_place(monkeypatch:
     monkeypatch.setattr(clients, "check", full)
     monkeypatch.setattr(TOKENIZER, "encode", never)
     await post(clients, COMPLETIONS, 429, prompt="x")
+
+
+# --- tool calls ---
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+ROOMY = replace(TERMS, max_model_len=1000)
+STOP_TOKEN = "$"  # which nobody sees
+CALLING = 'Yes. <tool_call>{"name": "f", "arguments": {"a": "b"}}</tool_call>'
+
+
+async def test_a_tool_call_is_told_apart_from_the_words_before_it():
+    answer = await post(
+        FakeClients(says(CALLING + STOP_TOKEN, reason="stop")), CHAT, terms=ROOMY, messages=MESSAGES, tools=TOOLS
+    )
+    (choice,) = answer["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["message"]["content"] == "Yes."
+    assert choice["finish_reason"] == "tool_calls"
+    assert call["function"] == {"name": "f", "arguments": '{"a": "b"}'}
+    assert call["id"].startswith("call_")
+    assert answer["usage"]["completion_tokens"] == len(CALLING) + 1
+
+
+async def test_a_streamed_tool_calls_deltas_join_to_the_same_message():
+    chunks = await stream(
+        FakeClients(says(CALLING + STOP_TOKEN, reason="stop")), CHAT, terms=ROOMY, messages=MESSAGES, tools=TOOLS
+    )
+    choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+    deltas = [choice["delta"] for choice in choices]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Yes."
+    assert [call["index"] for call in calls] == [0] * len(calls)
+    assert (calls[0]["type"], calls[0]["function"]["name"]) == ("function", "f")
+    assert "".join(call["function"]["arguments"] for call in calls) == '{"a": "b"}'
+    assert len(calls) > 3, "arguments are streamed as they come"
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+async def test_every_token_of_a_tool_call_is_delivered():
+    generation = FakeGeneration(says(CALLING + STOP_TOKEN, reason="stop"))
+    answer = Answer(
+        [generation],
+        lambda: SequenceText(TOKENIZER.detokenizer(), StopStrings(Stops([]))),
+        n=1,
+        num_prompt_tokens=1,
+        new_parser=lambda: ToolCallParser(TOOL_FORMATS["hermes"]),
+    )
+    answer.listen(lambda: None)
+    while not answer.is_finished:
+        await asyncio.sleep(0)
+        answer.deliver_ready()
+    assert generation.counts == {"delivered": len(CALLING) + 1}
+
+
+async def test_without_tools_the_same_text_is_words():
+    answer = await post(FakeClients(says(CALLING + STOP_TOKEN, reason="stop")), CHAT, terms=ROOMY, messages=MESSAGES)
+    assert answer["choices"][0]["message"]["content"] == CALLING
+    assert answer["choices"][0]["finish_reason"] == "stop"

@@ -82,7 +82,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "suffix", "tools", "response_format"})
+FIELDS = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "suffix", "response_format"})
 
 
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), anything, max_size=3))
@@ -154,8 +154,6 @@ def test_any_bytes_make_a_request_or_a_bad_request(body: bytes):
         ("stream", 1),
         ("model", 3),
         ("suffix", "x"),
-        ("response_format", {"type": "json_object"}),
-        ("guided_json", {"type": "object"}),
         ("use_beam_search", True),
     ],
 )
@@ -175,7 +173,7 @@ def test_a_wrong_parameter_is_named(param: str, value: Any):
         ("messages[0].content", [{"role": "user", "content": 3}]),
         ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
         ("messages[0].content", [{"role": "user", "content": [{"type": "text"}]}]),
-        ("messages[0].tool_calls", [{"role": "assistant", "tool_calls": [{"id": "x"}]}]),
+        ("messages[0].tool_calls[0].function", [{"role": "assistant", "tool_calls": [{"id": "x"}]}]),
     ],
 )
 def test_a_wrong_message_is_named_by_its_place(param: str, value: Any):
@@ -185,10 +183,8 @@ def test_a_wrong_message_is_named_by_its_place(param: str, value: Any):
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("tools", [{"type": "function"}]),
         ("functions", [{"name": "f"}]),
         ("audio", {"voice": "x"}),
-        ("tool_choice", "required"),
         ("top_logprobs", 2),
         ("logprobs", 2),
         ("max_completion_tokens", 0),
@@ -334,7 +330,7 @@ def test_parts_of_text_are_joined_and_no_content_is_no_text():
 
 def test_fields_of_a_message_reach_the_template():
     request = chat(messages=[{"role": "user", "content": "a", "name": "Ann"}])
-    assert request.messages[0].model_dump() == {"role": "user", "content": "a", "name": "Ann"}
+    assert request.messages[0].model_dump(exclude_none=True) == {"role": "user", "content": "a", "name": "Ann"}
 
 
 def test_defaults_are_openais_whatever_the_model_says():

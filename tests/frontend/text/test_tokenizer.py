@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from frontend.text.gguf_metadata import GGUFError, read_metadata
-from frontend.text.gguf_tokenizer import TokenizerError, gguf_tokenizer
-from frontend.text.pre_tokenizers import PRE_TOKENIZERS
-from frontend.text.tokenizer import MAX_LINE, Tokenizer, load_tokenizer
+from engine.vocabulary.files import MAX_LINE
+from engine.vocabulary.gguf_metadata import GGUFError, read_metadata
+from engine.vocabulary.gguf_tokenizer import TokenizerError, gguf_tokenizer
+from engine.vocabulary.pre_tokenizers import PRE_TOKENIZERS
+from frontend.text.tokenizer import Tokenizer, load_tokenizer
 from tests.frontend.small_tokenizers import (
     ALPHABET,
     END,
@@ -370,7 +371,7 @@ def test_whatever_a_gguf_file_says_of_its_tokenizer_it_is_one_or_one_line(
     make: Callable[[], dict[str, Any]], odd: dict[str, Any]
 ):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("frontend.text.tokenizer.read_metadata", lambda path: make() | odd)
+        patch.setattr("engine.vocabulary.files.read_metadata", lambda path: make() | odd)
         try:
             tokenizer = load_tokenizer("model.gguf")
         except TokenizerError as error:

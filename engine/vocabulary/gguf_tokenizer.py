@@ -13,7 +13,7 @@ from typing import Any, Final
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from frontend.text.pre_tokenizers import PRE_TOKENIZERS
+from engine.vocabulary.pre_tokenizers import PRE_TOKENIZERS
 
 # Values of tokenizer.ggml.token_type. Source: the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -1,0 +1,106 @@
+"""Which forms an answer may be asked to have, and what is refused, with the part's name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from frontend.api.protocol import ChatRequest, CompletionRequest, Terms
+from frontend.errors import BadRequest
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+NO_ARGUMENTS = {"type": "function", "function": {"name": "g"}}
+NAMED = {"type": "function", "function": {"name": "f"}}
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}]} | fields)
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"prompt": "x"} | fields)
+
+
+FORMS: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}},
+    {"structured_outputs": {"json": SCHEMA}},
+    {"structured_outputs": {"json": '{"type": "string"}'}},
+    {"structured_outputs": {"json_object": True}},
+    {"structured_outputs": {"regex": "a+b"}},
+    {"structured_outputs": {"choice": ["yes", 'no "maybe"']}},
+    {"structured_outputs": {"grammar": 'start: "a" | "b" start'}},
+    {"guided_json": SCHEMA},
+    {"guided_regex": "[0-9]{3}"},
+    {"guided_choice": ["a"]},
+    {"guided_grammar": 'start: "a"'},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_one_grammar_in_both_apis(form: dict[str, Any]):
+    for request in (chat(**form), completion(**form)):
+        assert request.has_form
+        assert request.constraint()
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"response_format": {"type": "text"}}, {"structured_outputs": {}}, {"tool_choice": "auto"}]
+)
+def test_what_asks_for_no_form_has_none(fields: dict[str, Any]):
+    assert chat(**fields).constraint() is None
+
+
+def test_calls_are_forced_by_their_tools_arguments():
+    assert chat(tools=[TOOL], tool_choice=NAMED).constraint() == chat(structured_outputs={"json": SCHEMA}).constraint()
+    several = chat(tools=[TOOL, NO_ARGUMENTS], tool_choice="required").constraint()
+    one = chat(tools=[TOOL, NO_ARGUMENTS], tool_choice="required", parallel_tool_calls=False).constraint()
+    assert several is not None
+    assert one is not None
+    assert "maxItems" in one
+    assert "maxItems" not in several
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": {"type": "objec"}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"grammar": "no grammar"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+    ],
+)
+def test_a_form_that_is_not_supported_is_refused_by_its_part(fields: dict[str, Any], param: str):
+    with pytest.raises(BadRequest) as caught:
+        chat(**fields).constraint()
+    assert caught.value.param == param
+    assert len(str(caught.value)) < 500
+
+
+def test_definitions_of_several_tools_stand_together_unless_they_differ():
+    def tool(name: str, definition: dict[str, Any]) -> dict[str, Any]:
+        schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": {"X": definition}}
+        return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+    number, text = {"type": "number"}, {"type": "string"}
+    assert chat(tools=[tool("a", number), tool("b", number)], tool_choice="required").constraint()
+    with pytest.raises(BadRequest, match="another tool"):
+        chat(tools=[tool("a", number), tool("b", text)], tool_choice="required").constraint()
+
+
+def test_a_form_needs_the_answers_end():
+    terms = Terms(max_model_len=64, vocab_size=300, max_sequences=256)
+    request = chat(guided_regex="a", ignore_eos=True)
+    with pytest.raises(BadRequest, match="ignore_eos"):
+        request.sampling(1, terms, request.constraint())
