@@ -62,7 +62,7 @@ class Metrics:
 def _is_scrape(scope: Message) -> bool:
     if scope["type"] != "http" or scope["method"] != "GET":
         return False
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
     return path == "/metrics" or path.startswith("/metrics/")  # vLLM answers whatever is below it with the same
 
 

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.vllm_cost VENV MODEL [--api-servers 4] [--rounds 6]
 
-MODEL is the tiny one (`export_model --tiny`), so that what is around the model is what is measured. The side whose turn it
-is not is stopped. A scrape is one GET of /metrics, one after another, after the loads.
+MODEL is the tiny one (`export_model --tiny`), so that what is around the model is what is measured. The side whose turn
+it is not is stopped. A scrape is one GET of /metrics, one after another, after the loads.
 """
 
 from __future__ import annotations
@@ -72,14 +72,12 @@ def main() -> None:
         without, with_us = found["without", streams], found["with us", streams]
         pairs = [b / a for a, b in zip(without, with_us, strict=True)]
         medians = (statistics.median(without), statistics.median(with_us), statistics.median(pairs))
-        rows.append(
-            (f"output tokens/s at {streams}", *(f"{m:.4g}" for m in medians), f"{min(pairs):.3f} to {max(pairs):.3f}")
-        )
+        spread = f"{min(pairs):.3f} to {max(pairs):.3f}"
+        rows.append((f"output tokens/s at {streams}", *(f"{median:.4g}" for median in medians), spread))
     each = [statistics.median(scrapes[name]) for name in ("without", "with us")]
     rows.append(("a scrape, ms", *(f"{m:.3g}" for m in each), f"{each[1] / each[0]:.3g}", ""))
-    table(
-        f"vLLM at {args.api_servers} API servers", ("", "without", "with us", "ratio (median of pairs)", "pairs"), rows
-    )
+    header = ("", "without", "with us", "ratio (median of pairs)", "pairs")
+    table(f"vLLM at {args.api_servers} API servers", header, rows)
     document("vllm_cost", {"tokens_per_s": {f"{n} {s}": f for (n, s), f in found.items()}, "scrape_ms": scrapes})
 
 
