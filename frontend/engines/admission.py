@@ -51,11 +51,18 @@ class Admission:
         self._others = others
         self._announce = announce
         self._on_rejected = on_rejected
+        self._known: InFlight | None = None  # what the others waited for when it was last read
 
     def check(self, num_sequences: int) -> None:
-        """Raises what `admit` would for so many sequences now."""
+        """Raises what `admit` would for so many sequences now; lets more pass where the others have filled the queue
+        since they were last read."""
         self._check_ever(num_sequences)
-        self._check(num_sequences, self._own())
+        if self._limits == Limits():
+            return
+        own = self._own()
+        if self._known is None or self._full(num_sequences, own, self._known):
+            self._known = self._others()
+        self._check(num_sequences, own, self._known)
 
     def admit(self, num_sequences: int, num_prompt_tokens: int) -> None:
         """Count the sequences as submitted before anything is awaited. Raises BadRequest where there can never be a
@@ -64,7 +71,9 @@ class Admission:
         own = self._own()
         self._announce(InFlight(num_sequences, num_prompt_tokens))
         try:
-            self._check(num_sequences, own)
+            if self._limits != Limits():
+                self._known = self._others()
+                self._check(num_sequences, own, self._known)
         finally:
             self._announce(InFlight(-num_sequences, -num_prompt_tokens))
 
@@ -74,18 +83,19 @@ class Admission:
             message = f"{num_sequences} sequences can never be served: at most {limit} may be in flight"
             raise BadRequest(message, code="max_num_queued_reqs")
 
-    def _check(self, num_sequences: int, own: InFlight) -> None:
+    def _check(self, num_sequences: int, own: InFlight, others: InFlight) -> None:
+        if (full := self._full(num_sequences, own, others)) is not None:
+            limit, found = full
+            self._on_rejected(limit)
+            raise Overloaded(f"the queue is full ({found} are in flight), try again", code=limit)
+
+    def _full(self, num_sequences: int, own: InFlight, others: InFlight) -> tuple[str, str] | None:
+        """The limit that so many more sequences would pass, and what is there now."""
         limits = self._limits
-        if limits == Limits():
-            return
-        others = self._others()
         found = own.num_sequences + others.num_sequences
         if limits.max_num_queued_reqs is not None and found + num_sequences > limits.max_num_queued_reqs:
-            self._reject("max_num_queued_reqs", f"{found:.0f} requests of {limits.max_num_queued_reqs}")
+            return "max_num_queued_reqs", f"{found:.0f} requests of {limits.max_num_queued_reqs}"
         found = own.num_prefill_tokens + others.num_prefill_tokens
         if limits.max_num_queued_tokens is not None and found >= limits.max_num_queued_tokens:
-            self._reject("max_num_queued_tokens", f"{found:.0f} prompt tokens of {limits.max_num_queued_tokens}")
-
-    def _reject(self, limit: str, found: str) -> None:
-        self._on_rejected(limit)
-        raise Overloaded(f"the queue is full ({found} are in flight), try again", code=limit)
+            return "max_num_queued_tokens", f"{found:.0f} prompt tokens of {limits.max_num_queued_tokens}"
+        return None
