@@ -4,6 +4,9 @@
     structured_outputs, guided_*        vLLM's: json, regex, choice, grammar (Lark, as llguidance reads it)
     tool_choice                         required, or a named tool: calls as JSON, each with its tool's arguments
 
+P10: llguidance follows references by recursion, and a stack that overflows ends the process. So how deep it can get is
+bounded before: by all levels of everything that is referred to, since a cycle may lead through all of it.
+
 JSON is written with ", " and ": " between its parts and no other white space: a model that may write as much of it as
 it likes sometimes does so for ever.
 """
@@ -14,6 +17,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, Literal
+from urllib.parse import unquote
 
 from llguidance import LLMatcher
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +27,8 @@ from frontend.api.tools import Tool
 from frontend.errors import BadRequest
 
 MAX_CHOICES: Final = 1024
+MAX_DEPTH: Final = 768  # Measured: a stack of 8 MB overflows at 1,700 and more, in the schemas that take most of it
+_LEVELS_OF_LARK: Final = ":([{"  # one of them for each level that the reader of a grammar can be in
 _WRITTEN: Final[Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 Schema = dict[str, Any] | str | bool
@@ -154,10 +160,40 @@ def _of_schema(schema: Any, place: str) -> str:
     try:
         if isinstance(schema, str):
             schema = json.loads(schema)
+        if _depth_of_schema(schema) > MAX_DEPTH:
+            raise BadRequest(f"{place}, with what it refers to, has more than {MAX_DEPTH} levels", param=place)
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_WRITTEN)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{place} is no JSON schema: {error}", param=place) from error
     return _checked(grammar, place)
+
+
+def _depth_of_schema(schema: Any) -> int:
+    """The levels of the schema and of all that a `$ref` may lead to: more than llguidance can be in at once."""
+    depths: dict[int, int] = {}  # of each part, by its id
+    references: set[str] = set()
+
+    def depth(part: Any) -> int:
+        below = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if isinstance(part, dict) and isinstance(reference := part.get("$ref"), str):
+            references.add(reference)
+        found = depths[id(part)] = 1 + max(map(depth, below), default=0)
+        return found
+
+    whole = depth(schema)
+    return whole + sum(depths.get(id(_referred(schema, reference)), whole) for reference in references)
+
+
+def _referred(schema: Any, reference: str) -> Any:
+    """What a reference within the schema leads to: the whole of it where that cannot be told."""
+    part = schema
+    for name in unquote(reference).removeprefix("#").split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        try:
+            part = part[int(name)] if isinstance(part, list) else part[name]
+        except (LookupError, TypeError, ValueError):
+            return schema
+    return part
 
 
 def _of_choice(choices: Sequence[str], place: str) -> str:
@@ -172,6 +208,8 @@ def _of_regex(regex: str, place: str) -> str:
 
 
 def _of_grammar(lark: str, place: str) -> str:
+    if sum(map(lark.count, _LEVELS_OF_LARK)) > MAX_DEPTH:
+        raise BadRequest(f"{place} has more than {MAX_DEPTH} definitions and brackets", param=place)
     return _checked(LLMatcher.grammar_from_lark(lark), place)
 
 

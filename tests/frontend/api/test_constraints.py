@@ -104,3 +104,37 @@ def test_a_form_needs_the_answers_end():
     request = chat(guided_regex="a", ignore_eos=True)
     with pytest.raises(BadRequest, match="ignore_eos"):
         request.sampling(1, terms, request.constraint())
+
+
+def chained(num_definitions: int, num_levels: int) -> dict[str, Any]:
+    """A schema in which each definition refers to the next, from within so many levels."""
+    definitions: dict[str, Any] = {str(num_definitions): {"type": "string"}}
+    for number in range(num_definitions):
+        part: dict[str, Any] = {"$ref": f"#/$defs/{number + 1}"}
+        for _ in range(num_levels):
+            part = {"items": part}
+        definitions[str(number)] = part
+    return {"$ref": "#/$defs/0", "$defs": definitions}
+
+
+TOO_DEEP: list[dict[str, Any]] = [
+    {"guided_json": chained(4000, 0)},
+    {"guided_json": chained(100, 100)},
+    {"guided_grammar": "start: r0\n" + "".join(f"r{n}:r{n + 1}\n" for n in range(4000)) + 'r4000: "a"'},
+    {"guided_grammar": "start: A0\n" + "".join(f"A{n}:A{n + 1}\n" for n in range(4000)) + 'A4000: "a"'},
+]
+
+
+@pytest.mark.parametrize("form", TOO_DEEP)
+def test_what_would_overflow_the_stack_is_refused_before_it_is_followed(form: dict[str, Any]):
+    """Without the bound these end the process, and the tests with it."""
+    with pytest.raises(BadRequest, match="more than 768"):
+        chat(**form).constraint()
+
+
+def test_schemas_may_refer_to_themselves_and_to_much():
+    tree = {"type": "object", "properties": {"below": {"type": "array", "items": {"$ref": "#"}}}}
+    many = {f"d{n}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/d{(n + 1) % 100}"}}} for n in range(100)}
+    wide = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(2000)}}
+    for schema in (tree, {"$ref": "#/$defs/d0", "$defs": many}, wide, chained(10, 20)):
+        assert chat(guided_json=schema).constraint()
