@@ -112,7 +112,9 @@ def _of_response_format(wanted: ResponseFormat) -> str | None:
 
 def _of_structured_outputs(wanted: StructuredOutputs, place: str) -> str | None:
     """None where nothing is asked for. Raises BadRequest, also where more than one thing is."""
-    asked = {name: value for name, value in wanted if name in _FORMS and value not in (None, False)}
+    asked = {name: value for name, value in wanted if name in _FORMS and value is not None}
+    if wanted.json_object is False:
+        del asked["json_object"]
     if len(asked) > 1:
         raise BadRequest(f"{place} asks for {len(asked)} things, an answer has one form", param=place)
     for name, value in asked.items():
@@ -136,7 +138,11 @@ def of_required_tools(tools: Sequence[Tool], *, are_parallel: bool) -> str:
     calls = []
     for number, tool in enumerate(tools):
         parameters = dict(_parameters(tool))
-        for name, definition in parameters.pop("$defs", {}).items():
+        own = parameters.pop("$defs", {})
+        if not isinstance(own, dict):
+            place = f"tools[{number}].function.parameters.$defs"
+            raise BadRequest(f"{place} should be an object", param=place)
+        for name, definition in own.items():
             if definitions.setdefault(name, definition) != definition:
                 place = f"tools[{number}].function.parameters.$defs.{name}"
                 raise BadRequest(f"{place} is something else in another tool", param=place)

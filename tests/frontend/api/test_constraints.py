@@ -77,7 +77,15 @@ def test_calls_are_forced_by_their_tools_arguments():
         ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs.regex"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_json": False}, "guided.json"),
         ({"tool_choice": "required"}, "tool_choice"),
+        *(
+            (
+                {"tools": [{"function": {"name": "f", "parameters": {"$defs": wrong}}}], "tool_choice": "required"},
+                "tools[0].function.parameters.$defs",
+            )
+            for wrong in ([1], None, "x")
+        ),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
     ],
 )
