@@ -192,6 +192,10 @@ class ChatConfig:
         Literal["auto", "think", "none"],
         Flag("whether <think>…</think> before an answer is told apart (default: as the chat template shows)"),
     ] = "auto"
+    trust_control_tokens_in_chats: Annotated[
+        bool,
+        Flag("let what looks like a control token in a chat's messages be one, as vLLM does (default: it is text)"),
+    ] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -259,7 +259,8 @@ def _open_store(config: ServerConfig, layouts: Layouts) -> TallyStore:
 def _conversations(config: ServerConfig, tokenizer: Tokenizer) -> Conversations:
     chosen = config.chat.reasoning_parser
     return Conversations(
-        tokenizer.chat_template,
+        tokenizer,
         tool_format=config.chat.tool_call_parser,
         reasons=None if chosen == "auto" else chosen == "think",
+        trusts_control_tokens=config.chat.trust_control_tokens_in_chats,
     )

@@ -69,7 +69,7 @@ ONLY_IN = {
     "rich": ("metrics.top.terminal", "metrics.top.view"),
     "safetensors": ("engine.device.weights.huggingface",),
     "setproctitle": ("engine.loop.process", "engine.serve", "frontend.server"),
-    "tokenizers": ("engine.vocabulary",),
+    "tokenizers": ("engine.vocabulary", "frontend.text.tokenizer"),
     "torch": ("engine.device",),
     "uvloop": ("frontend.server",),
     "yaml": ("metrics.dashboards.generate",),

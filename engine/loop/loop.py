@@ -16,9 +16,8 @@ import zmq
 
 from engine import wire
 from engine.loop.beacon import Shared
-from engine.loop.console import Console
 from engine.loop.core import ApiServer, EngineCore
-from engine.schedule import Recorder
+from engine.schedule import Console, Recorder
 from engine.wire import Abort, EngineConfig, Goodbye, Hello, Outputs, Submit, WireError
 from metrics.bulkhead import Bulkhead
 from metrics.files import TallyStore

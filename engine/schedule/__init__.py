@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from engine.schedule.batch import Batch, IterationCounts, Runner, SampledToken, ScheduledSequence
 from engine.schedule.block_pool import BlockPool
+from engine.schedule.console import Console
 from engine.schedule.record import Recorder
 from engine.schedule.request import RequestState
 from engine.schedule.scheduler import Scheduler
@@ -17,6 +18,7 @@ __all__ = [
     "LEAST_TEMPERATURE",
     "Batch",
     "BlockPool",
+    "Console",
     "IterationCounts",
     "Recorder",
     "RequestState",

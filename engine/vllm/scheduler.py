@@ -15,7 +15,7 @@ import os
 import time
 from typing import Any, Final
 
-from engine.schedule import Recorder
+from engine.schedule import Console, Recorder
 from engine.vllm.counting import BatchCounter
 from engine.vllm.meeting import Facts, HookError, hook_bulkhead, open_core
 from metrics.bulkhead import Bulkhead
@@ -34,7 +34,8 @@ def make_scheduler(*args: Any, **kwargs: Any) -> Any:
     vllm_config = kwargs.get("vllm_config", args[0] if args else None)
     base = _scheduler_class(vllm_config)
     try:
-        witness = Witness(open_core(_engine_index(vllm_config), _facts(vllm_config)))
+        store = open_core(_engine_index(vllm_config), _facts(vllm_config))
+        witness = Witness(store, is_quiet=_has_own_line(vllm_config))
         kind = type(f"Counting{base.__name__}", (_Hooks, base), {"__module__": __name__})
     except Exception as error:  # noqa: BLE001 - vLLM must start whatever is wrong with our part
         log.error("event=vllm_hook_disabled error=%r", str(error))
@@ -47,7 +48,8 @@ def make_scheduler(*args: Any, **kwargs: Any) -> Any:
 class Witness:
     """Counts one engine core's iterations into its tally."""
 
-    def __init__(self, store: TallyStore) -> None:
+    def __init__(self, store: TallyStore, *, is_quiet: bool) -> None:
+        """`is_quiet`: vLLM writes a line of its own to the console now and then."""
         tally = store.tally
         self.bulkhead: Bulkhead = hook_bulkhead(tally, log)
         self._store = store
@@ -55,6 +57,8 @@ class Witness:
         self._recorder = Recorder(tally, tally.layout, num_api_servers=1)
         self._process = ProcessMetrics(tally)
         self._process_due = 0.0
+        prompt_counter = "wholebatch:prompt_tokens_computed_total"
+        self._console = None if is_quiet else Console(tally, time.monotonic(), prompt_counter=prompt_counter)
 
     def preempted(self, request: Any) -> None:
         self._counter.preempted(request.request_id, request.num_computed_tokens)
@@ -78,6 +82,16 @@ class Witness:
                 self._process.update()
         self._store.commit()
 
+    def tell(self, scheduler: Any, now: float) -> None:
+        """The line of a whole engine core, which vLLM leaves out where it has several API servers."""
+        if self._console is None:
+            return
+        running, waiting = len(scheduler.running), len(scheduler.waiting)
+        self._recorder.gauges(running, waiting, 0, scheduler.kv_cache_manager.usage)
+        line = self._console.line(now)
+        if line is not None:
+            log.info("%s", line)
+
 
 class _Hooks:
     """Goes before vLLM's scheduler class. Each method does what vLLM's does, and tells the witness."""
@@ -98,6 +112,8 @@ class _Hooks:
         if witness is not None:
             with witness.bulkhead.around("update"):
                 witness.updated(scheduler_output, answers, ran_at)
+            with witness.bulkhead.around("console"):
+                witness.tell(self, ran_at)
         return answers
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -123,6 +139,11 @@ def _engine_index(vllm_config: Any) -> int:
     parallel = vllm_config.parallel_config
     index = getattr(parallel, "data_parallel_index", None)
     return int(parallel.data_parallel_rank if index is None else index)
+
+
+def _has_own_line(vllm_config: Any) -> bool:
+    """Whether vLLM writes its statistics to the console itself: with one API server alone."""
+    return int(getattr(vllm_config.parallel_config, "_api_process_count", 1)) == 1
 
 
 def _facts(vllm_config: Any) -> Facts:

@@ -75,7 +75,7 @@ class OpenAIService:
         self._tokenizer = tokenizer
         self._names = tuple(served_model_names)
         self._terms = terms
-        self._conversations = conversations or Conversations(tokenizer.chat_template)
+        self._conversations = conversations or Conversations(tokenizer)
         self._working_aside = asyncio.Semaphore(MAX_ASIDE)
         self._created_unix = int(time.time()) if created_unix is None else created_unix
 
@@ -104,8 +104,9 @@ class OpenAIService:
         request = await self._aside(is_long, parse_request, ChatRequest, body)
         request.check_terms(self._terms)
         context = self._context(http, request, "chatcmpl", arrived_at)
+        is_long = is_long or self._conversations.may_hold_control_tokens(body)
         conversation = await self._aside(is_long, self._conversations.render, request, datetime.now())
-        prompts = await self._token_ids([conversation], request)
+        prompts = await self._token_ids([conversation.token_ids or conversation.text], request)
         reply = ChatReply(
             **self._heading(context, request),
             token_bytes=self._tokenizer.token_bytes,

@@ -5,13 +5,14 @@ Street: work. Text exists only in the API servers: engines know token ids.
 
 from __future__ import annotations
 
-from frontend.text.chat_template import ChatTemplate, ChatTemplateError
+from frontend.text.chat_template import ChatTemplateError
+from frontend.text.control_tokens import Hidden
 from frontend.text.detokenizer import SequenceText, Stops, StopStrings
 from frontend.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 __all__ = [
-    "ChatTemplate",
     "ChatTemplateError",
+    "Hidden",
     "SequenceText",
     "StopStrings",
     "Stops",

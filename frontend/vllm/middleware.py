@@ -62,8 +62,8 @@ class Metrics:
 def _is_scrape(scope: Message) -> bool:
     if scope["type"] != "http" or scope["method"] != "GET":
         return False
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")).rstrip("/") == "/metrics"
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path == "/metrics" or path.startswith("/metrics/")  # vLLM answers whatever is below it with the same
 
 
 class _Answer:

@@ -85,7 +85,7 @@ BULKHEADS: Final = (
     "console",
     "tracing",
 )
-VLLM_HOOKS: Final = ("schedule", "preempt", "update", "scrape", "process")  # where our part of vLLM may fail
+VLLM_HOOKS: Final = ("schedule", "preempt", "update", "console", "scrape", "process")  # where our part of vLLM may fail
 AUDIT_LAWS: Final = ("iteration_sum", "iteration_count", "tokens", "prompt_tokens", "sequences", "histograms")
 GENERATIONS: Final = ("0", "1", "2")  # of Python's garbage collector
 CACHE_CONFIG_LABELS: Final = (

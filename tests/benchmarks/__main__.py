@@ -13,7 +13,7 @@ NOT_BENCHMARKS = (
     "dashboard_pictures",
     "deployed",
     "export_model",
-    "inside_vllm",  # needs vLLM, in an environment of its own
+    "inside_vllm",  # needs vLLM, in an environment of its own; so does vllm_cost
     "instant_engine",
     "llama_cpp",  # runs in an environment of its own
     "report",
@@ -21,6 +21,7 @@ NOT_BENCHMARKS = (
     "serve_instant",
     "sides",
     "sse_client",
+    "vllm_cost",
 )
 
 

@@ -56,7 +56,8 @@ BAD_CHATS: dict[str, tuple[object, int, str]] = {
     "no messages": ({"max_tokens": 4}, 400, "messages"),
     "empty messages": (CHAT | {"messages": []}, 400, "messages"),
     "a message without a role": (CHAT | {"messages": [{"content": "a"}]}, 400, "role"),
-    "tools": (CHAT | {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+    "a tool without a name": (CHAT | {"tools": [{"type": "function", "function": {}}]}, 400, "tools"),
+    "a form that no grammar has": (CHAT | {"response_format": {"type": "json_schema"}}, 400, "response_format"),
     "an image": (CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, ""),
 }
 

@@ -24,6 +24,9 @@ class TheirScheduler:
 
     def __init__(self, *, vllm_config: Any) -> None:
         self.requests = {"a": SimpleNamespace(request_id="a", num_prompt_tokens=3, num_computed_tokens=0)}
+        self.running = list(self.requests.values())
+        self.waiting: list[Any] = []
+        self.kv_cache_manager = SimpleNamespace(usage=0.25)
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         request = self.requests["a"]
@@ -45,10 +48,12 @@ class SchedulerConfig:
         return TheirScheduler if self.scheduler_cls is None else self.scheduler_cls
 
 
-def vllm_config(index: int = 0) -> Any:
+def vllm_config(index: int = 0, num_api_servers: int = 1) -> Any:
     return SimpleNamespace(
         scheduler_config=SchedulerConfig(),
-        parallel_config=SimpleNamespace(data_parallel_index=index, data_parallel_rank=0),
+        parallel_config=SimpleNamespace(
+            data_parallel_index=index, data_parallel_rank=0, _api_process_count=num_api_servers
+        ),
         model_config=SimpleNamespace(served_model_name=["m", "alias"]),
         observability_config=SimpleNamespace(custom_histogram_buckets=None),
     )
@@ -114,7 +119,7 @@ def test_a_core_that_starts_again_goes_on_counting(directory: Path, monkeypatch:
     assert figures(directory)["iterations"] == 2
 
 
-@pytest.mark.parametrize("method", ["scheduled", "updated", "preempted"])
+@pytest.mark.parametrize("method", ["scheduled", "updated", "preempted", "tell"])
 def test_a_fault_of_ours_is_counted_and_theirs_go_on(
     directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
 ):
@@ -132,6 +137,21 @@ def test_a_fault_of_ours_is_counted_and_theirs_go_on(
     made.__dict__["_wholebatch_witness"]._store.commit()
     assert figures(directory)["errors"] == (1 if method == "preempted" else 3)
     assert len([r for r in caplog.records if "event=bulkhead" in r.message]) == 1
+
+
+@pytest.mark.parametrize("num_api_servers", [1, 2])
+def test_the_engine_cores_line_is_written_where_vllm_has_none(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_api_servers: int
+):
+    caplog.set_level(logging.INFO)
+    made = make_scheduler(vllm_config=vllm_config(num_api_servers=num_api_servers))
+    began = time.monotonic()
+    step(made)
+    monkeypatch.setattr(time, "monotonic", lambda: began + 20)
+    step(made)
+    lines = [line for line in caplog.messages if "event=stats" in line]
+    assert len(lines) == num_api_servers - 1
+    assert all("running=1 waiting=0 kv_cache_usage_pct=25.0" in line for line in lines)
 
 
 def test_where_ours_cannot_start_theirs_does_and_one_line_says_why(

@@ -42,7 +42,7 @@ class TheirApp:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.asked.append(scope)
-        body = THEIRS.encode() if scope["path"].rstrip("/").endswith("/metrics") else b"other"
+        body = THEIRS.encode() if scope["path"].startswith("/metrics") else b"other"
         headers = [(b"content-type", b"text/plain; version=0.0.4"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": body[:10], "more_body": True})
@@ -165,7 +165,13 @@ async def test_a_fault_of_ours_gives_their_answer_and_is_counted(directory: Path
 
 @pytest.mark.parametrize(
     ("path", "method", "is_ours"),
-    [("/metrics", "GET", True), ("/metrics/", "GET", True), ("/metrics", "POST", False), ("/v1/models", "GET", False)],
+    [
+        ("/metrics", "GET", True),
+        ("/metrics/", "GET", True),
+        ("/metrics/engines", "GET", True),
+        ("/metrics", "POST", False),
+        ("/v1/models", "GET", False),
+    ],
 )
 async def test_only_scrapes_are_answered_here(path: str, method: str, is_ours: bool):
     observe(a_core(), 5)

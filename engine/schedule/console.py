@@ -1,6 +1,7 @@
 """The engine's line on the console, every ten seconds while there is work: whole-engine figures. Pure.
 
-Made from the engine's tally, so that it says the same at any number of API servers.
+Made from the engine's tally, so that it says the same at any number of API servers; of the prefix cache only where
+something was looked up.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ INTERVAL_S: Final = 10.0
 class Console:
     """What grew between two lines, and how things stand."""
 
-    def __init__(self, tally: Tally, now: float) -> None:
+    def __init__(self, tally: Tally, now: float, *, prompt_counter: str = "vllm:prompt_tokens_total") -> None:
         cell = tally.layout.cell
         self._tally = tally
         self._counters = {
-            "prompt": cell("vllm:prompt_tokens_total"),
+            "prompt": cell(prompt_counter),
             "generated": cell("vllm:generation_tokens_total"),
             "preempted": cell("vllm:num_preemptions_total"),
             "queries": cell("vllm:prefix_cache_queries_total"),
@@ -46,10 +47,11 @@ class Console:
         running, waiting = cells[self._running], cells[self._waiting]
         if not (running or waiting or any(grown.values())):
             return None
-        hit_rate = 100 * grown["hits"] / grown["queries"] if grown["queries"] else 0.0
+        lookups = grown["queries"]
+        hit_rate = f" prefix_cache_hit_rate_pct={100 * grown['hits'] / lookups:.1f}" if lookups else ""
         return (
             f"event=stats prompt_tokens_per_s={grown['prompt'] / elapsed:.1f}"
             f" generation_tokens_per_s={grown['generated'] / elapsed:.1f}"
             f" running={running:.0f} waiting={waiting:.0f} kv_cache_usage_pct={100 * cells[self._kv_usage]:.1f}"
-            f" prefix_cache_hit_rate_pct={hit_rate:.1f} preemptions={grown['preempted']:.0f}"
+            f"{hit_rate} preemptions={grown['preempted']:.0f}"
         )
