@@ -166,7 +166,7 @@ def _of_schema(schema: Any, place: str) -> str:
     try:
         if isinstance(schema, str):
             schema = json.loads(schema)
-        if _depth_of_schema(schema) > MAX_DEPTH:
+        if _depth_of_schema(schema)[0] > MAX_DEPTH:
             raise BadRequest(f"{place}, with what it refers to, has more than {MAX_DEPTH} levels", param=place)
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_WRITTEN)
     except (ValueError, RecursionError) as error:
@@ -174,20 +174,25 @@ def _of_schema(schema: Any, place: str) -> str:
     return _checked(grammar, place)
 
 
-def _depth_of_schema(schema: Any) -> int:
-    """The levels of the schema and of all that a `$ref` may lead to: more than llguidance can be in at once."""
+def _depth_of_schema(schema: Any) -> tuple[int, bool]:
+    """The levels of the schema and of all that a `$ref` may lead to, more than llguidance can be in at once; and
+    whether each leads to a place of the schema itself, which names of its parts (`$id`) would change."""
     depths: dict[int, int] = {}  # of each part, by its id
     references: set[str] = set()
+    named: set[str] = set()
 
     def depth(part: Any) -> int:
         below = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        if isinstance(part, dict) and isinstance(reference := part.get("$ref"), str):
-            references.add(reference)
+        if isinstance(part, dict):
+            references.update(value for value in (part.get("$ref"),) if isinstance(value, str))
+            named.update(value for value in (part.get("$id"), part.get("id")) if isinstance(value, str))
         found = depths[id(part)] = 1 + max(map(depth, below), default=0)
         return found
 
     whole = depth(schema)
-    return whole + sum(depths.get(id(_referred(schema, reference)), whole) for reference in references)
+    is_local = not named and all(reference.startswith("#") for reference in references)
+    targets = [_referred(schema, reference) if is_local else schema for reference in references]
+    return whole + sum(depths[id(target)] for target in targets), is_local
 
 
 def _referred(schema: Any, reference: str) -> Any:

@@ -128,6 +128,7 @@ def chained(num_definitions: int, num_levels: int) -> dict[str, Any]:
 TOO_DEEP: list[dict[str, Any]] = [
     {"guided_json": chained(4000, 0)},
     {"guided_json": chained(100, 100)},
+    {"guided_json": {"$defs": {str(n): {} for n in range(101)}, "items": {"$id": "urn:x"} | chained(100, 100)}},
     {"guided_grammar": "start: r0\n" + "".join(f"r{n}:r{n + 1}\n" for n in range(4000)) + 'r4000: "a"'},
     {"guided_grammar": "start: A0\n" + "".join(f"A{n}:A{n + 1}\n" for n in range(4000)) + 'A4000: "a"'},
 ]
