@@ -134,28 +134,26 @@ def of_required_tools(tools: Sequence[Tool], *, are_parallel: bool) -> str:
     """A list of calls, of one or more tools. Raises BadRequest."""
     if not tools:
         raise BadRequest("tool_choice is required, and there are no tools", param="tool_choice")
-    definitions: dict[str, Any] = {}
-    calls = []
-    for number, tool in enumerate(tools):
-        parameters = dict(_parameters(tool))
-        own = parameters.pop("$defs", {})
-        if not isinstance(own, dict):
-            place = f"tools[{number}].function.parameters.$defs"
-            raise BadRequest(f"{place} should be an object", param=place)
-        for name, definition in own.items():
-            if definitions.setdefault(name, definition) != definition:
-                place = f"tools[{number}].function.parameters.$defs.{name}"
-                raise BadRequest(f"{place} is something else in another tool", param=place)
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": parameters},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "$defs": definitions}
-    return _of_schema(schema if are_parallel else schema | {"maxItems": 1}, "tools")
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.function.name}, "arguments": _apart(tool, number)},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for number, tool in enumerate(tools)
+    ]
+    schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1}
+    return _grammar_of(schema if are_parallel else schema | {"maxItems": 1}, "tools")
+
+
+def _apart(tool: Tool, number: int) -> dict[str, Any]:
+    """The tool's parameters with a name of their own, so that `#` in them goes on to mean them. Raises BadRequest."""
+    place = f"tools[{number}].function.parameters"
+    parameters = {key: value for key, value in _parameters(tool).items() if key not in ("$id", "id")}
+    if not _checked_depth(parameters, place):
+        raise BadRequest(f"{place} should refer to nothing but its own parts, by places in it", param=place)
+    return parameters | {"$id": f"urn:tool:{number}"}
 
 
 def _parameters(tool: Tool) -> Mapping[str, Any]:
@@ -166,12 +164,26 @@ def _of_schema(schema: Any, place: str) -> str:
     try:
         if isinstance(schema, str):
             schema = json.loads(schema)
-        if _depth_of_schema(schema)[0] > MAX_DEPTH:
-            raise BadRequest(f"{place}, with what it refers to, has more than {MAX_DEPTH} levels", param=place)
+        _checked_depth(schema, place)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"{place} is no JSON schema: {error}", param=place) from error
+    return _grammar_of(schema, place)
+
+
+def _grammar_of(schema: Any, place: str) -> str:
+    try:
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_WRITTEN)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{place} is no JSON schema: {error}", param=place) from error
     return _checked(grammar, place)
+
+
+def _checked_depth(schema: Any, place: str) -> bool:
+    """Whether the schema refers to places in itself only. Raises BadRequest where it is too deep."""
+    levels, is_local = _depth_of_schema(schema)
+    if levels > MAX_DEPTH:
+        raise BadRequest(f"{place}, with what it refers to, has more than {MAX_DEPTH} levels", param=place)
+    return is_local
 
 
 def _depth_of_schema(schema: Any) -> tuple[int, bool]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
 from frontend.api.protocol import ChatRequest, CompletionRequest, Terms
 from frontend.errors import BadRequest
 
+BYTES = LLTokenizer("byte")  # a token for each byte
+TO_A = {"$ref": "#/$defs/a"}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
 NO_ARGUMENTS = {"type": "function", "function": {"name": "g"}}
@@ -81,8 +85,11 @@ def test_calls_are_forced_by_their_tools_arguments():
         ({"tool_choice": "required"}, "tool_choice"),
         *(
             (
-                {"tools": [{"function": {"name": "f", "parameters": {"$defs": wrong}}}], "tool_choice": "required"},
-                "tools[0].function.parameters.$defs",
+                {
+                    "tools": [{"function": {"name": "f", "parameters": {"$defs": wrong} | TO_A}}],
+                    "tool_choice": "required",
+                },
+                "tools",
             )
             for wrong in ([1], None, "x")
         ),
@@ -96,15 +103,36 @@ def test_a_form_that_is_not_supported_is_refused_by_its_part(fields: dict[str, A
     assert len(str(caught.value)) < 500
 
 
-def test_definitions_of_several_tools_stand_together_unless_they_differ():
-    def tool(name: str, definition: dict[str, Any]) -> dict[str, Any]:
-        schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": {"X": definition}}
-        return {"type": "function", "function": {"name": name, "parameters": schema}}
+def tool(name: str, **schema: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object"} | schema}}
 
-    number, text = {"type": "number"}, {"type": "string"}
-    assert chat(tools=[tool("a", number), tool("b", number)], tool_choice="required").constraint()
-    with pytest.raises(BadRequest, match="another tool"):
-        chat(tools=[tool("a", number), tool("b", text)], tool_choice="required").constraint()
+
+def test_what_a_tool_refers_to_is_its_own():
+    """Two tools define X, each in its way, and a tree of the third is a tree and no list of calls."""
+    to_x = {"x": {"$ref": "#/$defs/X"}}
+    tools = [tool(name, properties=to_x, required=["x"], **{"$defs": {"X": {"const": name}}}) for name in ("a", "b")]
+    tree = tool("t", properties={"below": {"$ref": "#"}}, additionalProperties=False)
+    grammar = chat(tools=[*tools, tree], tool_choice="required").constraint()
+    assert grammar is not None
+    for name, arguments, is_taken in [
+        ("a", {"x": "a"}, True),
+        ("b", {"x": "b"}, True),
+        ("b", {"x": "a"}, False),
+        ("t", {"below": {"below": {}}}, True),
+        ("t", {"below": [{"name": "t", "arguments": {}}]}, False),
+    ]:
+        assert accepts(grammar, json.dumps([{"name": name, "arguments": arguments}])) == is_taken
+
+
+def accepts(grammar: str, text: str) -> bool:
+    matcher = LLMatcher(BYTES, grammar, log_level=0)
+    return bool(matcher.consume_tokens(list(text.encode())) and matcher.is_accepting())
+
+
+@pytest.mark.parametrize("part", [{"$ref": "urn:tool:1"}, {"$id": "urn:tool:1", "$ref": "#"}])
+def test_a_tool_refers_to_no_other(part: dict[str, Any]):
+    with pytest.raises(BadRequest, match="own parts"):
+        chat(tools=[tool("a", properties={"x": part}), tool("b")], tool_choice="required").constraint()
 
 
 def test_a_form_needs_the_answers_end():
