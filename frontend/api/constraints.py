@@ -4,6 +4,9 @@
     structured_outputs, guided_*        vLLM's: json, regex, choice, grammar (Lark, as llguidance reads it)
     tool_choice                         required, or a named tool: calls as JSON, each with its tool's arguments
 
+P10: llguidance follows references by recursion, and a stack that overflows ends the process. So how deep it can get is
+bounded before: by all levels of everything that is referred to, since a cycle may lead through all of it.
+
 JSON is written with ", " and ": " between its parts and no other white space: a model that may write as much of it as
 it likes sometimes does so for ever.
 """
@@ -14,6 +17,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, Literal
+from urllib.parse import unquote
 
 from llguidance import LLMatcher
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +27,8 @@ from frontend.api.tools import Tool
 from frontend.errors import BadRequest
 
 MAX_CHOICES: Final = 1024
+MAX_DEPTH: Final = 768  # Measured: a stack of 8 MB overflows at 1,700 and more, in the schemas that take most of it
+_LEVELS_OF_LARK: Final = ":([{"  # one of them for each level that the reader of a grammar can be in
 _WRITTEN: Final[Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 Schema = dict[str, Any] | str | bool
@@ -106,7 +112,9 @@ def _of_response_format(wanted: ResponseFormat) -> str | None:
 
 def _of_structured_outputs(wanted: StructuredOutputs, place: str) -> str | None:
     """None where nothing is asked for. Raises BadRequest, also where more than one thing is."""
-    asked = {name: value for name, value in wanted if name in _FORMS and value not in (None, False)}
+    asked = {name: value for name, value in wanted if name in _FORMS and value is not None}
+    if wanted.json_object is False:
+        del asked["json_object"]
     if len(asked) > 1:
         raise BadRequest(f"{place} asks for {len(asked)} things, an answer has one form", param=place)
     for name, value in asked.items():
@@ -126,24 +134,26 @@ def of_required_tools(tools: Sequence[Tool], *, are_parallel: bool) -> str:
     """A list of calls, of one or more tools. Raises BadRequest."""
     if not tools:
         raise BadRequest("tool_choice is required, and there are no tools", param="tool_choice")
-    definitions: dict[str, Any] = {}
-    calls = []
-    for number, tool in enumerate(tools):
-        parameters = dict(_parameters(tool))
-        for name, definition in parameters.pop("$defs", {}).items():
-            if definitions.setdefault(name, definition) != definition:
-                place = f"tools[{number}].function.parameters.$defs.{name}"
-                raise BadRequest(f"{place} is something else in another tool", param=place)
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": parameters},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "$defs": definitions}
-    return _of_schema(schema if are_parallel else schema | {"maxItems": 1}, "tools")
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.function.name}, "arguments": _apart(tool, number)},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for number, tool in enumerate(tools)
+    ]
+    schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1}
+    return _grammar_of(schema if are_parallel else schema | {"maxItems": 1}, "tools")
+
+
+def _apart(tool: Tool, number: int) -> dict[str, Any]:
+    """The tool's parameters with a name of their own, so that `#` in them goes on to mean them. Raises BadRequest."""
+    place = f"tools[{number}].function.parameters"
+    parameters = {key: value for key, value in _parameters(tool).items() if key not in ("$id", "id")}
+    if not _checked_depth(parameters, place):
+        raise BadRequest(f"{place} should refer to nothing but its own parts, by places in it", param=place)
+    return parameters | {"$id": f"urn:tool:{number}"}
 
 
 def _parameters(tool: Tool) -> Mapping[str, Any]:
@@ -154,10 +164,59 @@ def _of_schema(schema: Any, place: str) -> str:
     try:
         if isinstance(schema, str):
             schema = json.loads(schema)
+        _checked_depth(schema, place)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"{place} is no JSON schema: {error}", param=place) from error
+    return _grammar_of(schema, place)
+
+
+def _grammar_of(schema: Any, place: str) -> str:
+    try:
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_WRITTEN)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{place} is no JSON schema: {error}", param=place) from error
     return _checked(grammar, place)
+
+
+def _checked_depth(schema: Any, place: str) -> bool:
+    """Whether the schema refers to places in itself only. Raises BadRequest where it is too deep."""
+    levels, is_local = _depth_of_schema(schema)
+    if levels > MAX_DEPTH:
+        raise BadRequest(f"{place}, with what it refers to, has more than {MAX_DEPTH} levels", param=place)
+    return is_local
+
+
+def _depth_of_schema(schema: Any) -> tuple[int, bool]:
+    """The levels of the schema and of all that a `$ref` may lead to, more than llguidance can be in at once; and
+    whether each leads to a place of the schema itself, which names of its parts (`$id`) would change."""
+    depths: dict[int, int] = {}  # of each part, by its id
+    references: set[str] = set()
+    named: set[str] = set()
+
+    def depth(part: Any) -> int:
+        below = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if isinstance(part, dict):
+            references.update(value for value in (part.get("$ref"),) if isinstance(value, str))
+            named.update(value for value in (part.get("$id"), part.get("id")) if isinstance(value, str))
+        found = depths[id(part)] = 1 + max(map(depth, below), default=0)
+        return found
+
+    whole = depth(schema)
+    is_local = not named and all(reference.startswith("#") for reference in references)
+    targets = [_referred(schema, reference) if is_local else schema for reference in references]
+    return whole + sum(depths[id(target)] for target in targets), is_local
+
+
+def _referred(schema: Any, reference: str) -> Any:
+    """What a reference within the schema leads to: the whole of it where that cannot be told."""
+    part = schema
+    for name in unquote(reference).removeprefix("#").split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        try:
+            part = part[int(name)] if isinstance(part, list) else part[name]
+        except (LookupError, TypeError, ValueError):
+            return schema
+    return part
 
 
 def _of_choice(choices: Sequence[str], place: str) -> str:
@@ -172,6 +231,8 @@ def _of_regex(regex: str, place: str) -> str:
 
 
 def _of_grammar(lark: str, place: str) -> str:
+    if sum(map(lark.count, _LEVELS_OF_LARK)) > MAX_DEPTH:
+        raise BadRequest(f"{place} has more than {MAX_DEPTH} definitions and brackets", param=place)
     return _checked(LLMatcher.grammar_from_lark(lark), place)
 
 

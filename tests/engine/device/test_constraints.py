@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
-from engine.device.constraints import Constraints
+from engine.device.constraints import MAX_KNOWN_CHARS, MAX_LATE, ConstraintError, Constraints
 from engine.device.kernels.head import PlainHead
 from engine.device.sampler import Sampler
 from engine.schedule import SampledToken, SamplingParams, ScheduledSequence
@@ -121,3 +122,55 @@ def test_a_grammar_that_is_none_is_the_sequences_fault_alone(constraint: str):
     )
     assert found[0].fault is not None
     assert found[1].token_id == ord("x")
+
+
+def test_a_grammar_that_takes_too_long_is_its_sequences_fault_and_no_others():
+    slow = LLMatcher.grammar_from_lark(
+        "start: "
+        + " | ".join(f'"{number}" A{number}' for number in range(2000))
+        + "\n"
+        + "\n".join(f"A{number}: /[a-z]+{number}/" for number in range(2000))
+    )
+    constraints = Constraints(lambda: PARTS, VOCAB, EOS, most_s=1e-6)
+    sampler = Sampler(PlainHead(lambda hidden: hidden.clone()), seed=0, eos_token_ids=EOS, constraints=constraints)
+    batch = [sequence(1, [], slow), sequence(2, [], None, temperature=0.5, seed=1), sequence(3, [], slow)]
+    first, second, third = sampler.sample(likes(ord("x")).repeat(3, 1), batch)
+    assert second.fault is None
+    assert "takes more than" in str(first.fault)
+    assert third.fault == first.fault  # known by now: it is not waited for again
+
+
+def test_one_late_thread_does_not_write_into_the_masks_of_others():
+    constraints = Constraints(lambda: PARTS, VOCAB, EOS)
+    is_over = threading.Event()
+    before = constraints._mask
+    constraints._most_s = 0.0
+    with pytest.raises(ConstraintError, match="takes more than"):
+        constraints._in_time("slow", is_over.wait)
+    assert constraints._mask is not before
+    is_over.set()
+
+
+def test_while_too_many_threads_are_late_constrained_sequences_are_refused():
+    constraints = Constraints(lambda: PARTS, VOCAB, EOS, most_s=0.0)
+    is_over = threading.Event()
+    for number in range(MAX_LATE):
+        with pytest.raises(ConstraintError, match="takes more than"):
+            constraints._in_time(f"slow {number}", is_over.wait)
+    with pytest.raises(ConstraintError, match="other constraints"):
+        constraints._in_time("another", lambda: None)
+    is_over.set()
+    constraints._most_s = 60.0
+    for late in list(constraints._late):
+        late.result()
+    assert constraints._in_time("another", lambda: 7) == 7
+
+
+def test_grammars_are_known_for_the_next_sequence_within_a_bound():
+    constraints = Constraints(lambda: PARTS, VOCAB, EOS)
+    for number in range(20):
+        constraints.apply(
+            torch.zeros(VOCAB), sequence(number, [], LLMatcher.grammar_from_regex("a" * 50_000 + str(number)))
+        )
+    assert len(constraints._known) > 1
+    assert sum(map(len, constraints._known)) <= MAX_KNOWN_CHARS
