@@ -54,7 +54,8 @@ class _Followed:
 
 
 class Constraints:
-    """The masks of one model's sequences. `load` reads the model's vocabulary, when the first constraint comes."""
+    """The masks of one model's sequences. `load` reads the model's vocabulary, in a thread, from the beginning: the
+    first sequence with a constraint shall not hold the others up."""
 
     def __init__(
         self,
@@ -64,15 +65,14 @@ class Constraints:
         *,
         most_s: float = MOST_S,
     ) -> None:
-        self._load = load
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._most_s = most_s
-        self._tokenizer: LLTokenizer | None = None
         self._followed: dict[int, _Followed] = {}  # by sequence id
         self._known: OrderedDict[str, LLMatcher | str] = OrderedDict()  # by grammar: built, or why it is refused
         self._late: list[Future[Any]] = []
         self._begin()
+        self._loading = self._thread.submit(self._make_tokenizer, load)
 
     def apply(self, row: torch.Tensor, sequence: ScheduledSequence) -> None:
         """Hide, in place, what the sequence may not say next. Raises ConstraintError."""
@@ -98,7 +98,7 @@ class Constraints:
         """The grammar's matcher at its beginning. Raises ConstraintError."""
         known = self._known.get(grammar)
         if known is None:
-            tokenizer = self._llguidance_tokenizer()
+            tokenizer = self._loading.result()
             known = self._in_time(grammar, lambda: LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS))
             self._know(grammar, known)
         self._known.move_to_end(grammar)
@@ -135,12 +135,9 @@ class Constraints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="constraints")
         self._mask = llguidance_numpy.allocate_token_bitmask(1, self._vocab_size)
 
-    def _llguidance_tokenizer(self) -> LLTokenizer:
-        if self._tokenizer is None:
-            parts = self._load()
-            wrapped = TokenizerWrapper(_Vocabulary(parts, self._eos_token_ids))
-            self._tokenizer = LLTokenizer(wrapped, n_vocab=self._vocab_size, eos_token=sorted(self._eos_token_ids))
-        return self._tokenizer
+    def _make_tokenizer(self, load: Callable[[], TokenizerParts]) -> LLTokenizer:
+        wrapped = TokenizerWrapper(_Vocabulary(load(), self._eos_token_ids))
+        return LLTokenizer(wrapped, n_vocab=self._vocab_size, eos_token=sorted(self._eos_token_ids))
 
 
 def _fill(mask: npt.NDArray[np.int32], matcher: LLMatcher, new: Sequence[int]) -> None:

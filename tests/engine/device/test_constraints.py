@@ -16,6 +16,7 @@ from engine.device.constraints import MAX_KNOWN_CHARS, MAX_LATE, ConstraintError
 from engine.device.kernels.head import PlainHead
 from engine.device.sampler import Sampler
 from engine.schedule import SampledToken, SamplingParams, ScheduledSequence
+from engine.vocabulary import TokenizerParts
 from engine.vocabulary.gguf_tokenizer import gguf_tokenizer
 from tests.frontend.small_tokenizers import END, byte_level_metadata
 
@@ -174,3 +175,25 @@ def test_grammars_are_known_for_the_next_sequence_within_a_bound():
         )
     assert len(constraints._known) > 1
     assert sum(map(len, constraints._known)) <= MAX_KNOWN_CHARS
+
+
+def test_the_vocabulary_is_read_before_any_constraint_comes():
+    is_read = threading.Event()
+
+    def load() -> TokenizerParts:
+        is_read.set()
+        return PARTS
+
+    Constraints(load, VOCAB, EOS)
+    assert is_read.wait(60)
+
+
+def test_a_vocabulary_that_cannot_be_read_is_the_fault_of_constrained_sequences_alone():
+    def load() -> TokenizerParts:
+        raise OSError("no such file")
+
+    constraints = Constraints(load, VOCAB, EOS)
+    sampler = Sampler(PlainHead(lambda hidden: hidden.clone()), seed=0, eos_token_ids=EOS, constraints=constraints)
+    found = sampler.sample(likes(ord("x")).repeat(2, 1), [sequence(1, [], DIGITS), sequence(2, [], None)])
+    assert "no such file" in (found[0].fault or "")
+    assert found[1].token_id == ord("x")
