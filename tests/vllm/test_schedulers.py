@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.vllm.meeting import DIRECTORY_VARIABLE
+from engine.vllm.scheduler import Witness
 from tests.benchmarks.export_model import write_tiny_model
 from tests.vllm.driven import Core, make_core
 
@@ -147,6 +148,23 @@ def test_batches_without_tokens_are_no_iterations(make: Any):
     core.step()
     core.step()
     assert core.check()["iterations"] == 1
+
+
+@pytest.mark.parametrize("method", ["preempted", "scheduled", "updated", "tell"])
+def test_a_fault_in_any_method_of_ours_is_counted_and_every_request_is_answered(
+    make: Any, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    def fail(*args: Any) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(Witness, method, fail)
+    core = make(num_blocks=9)
+    core.add("a", 48, 40)
+    core.add("b", 48, 40)
+    core.run()
+    assert core.num_generated == 80
+    core.scheduler.__dict__["_wholebatch_witness"]._store.commit()
+    assert core.figures()["errors"] >= (1 if method == "preempted" else core.num_run)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
