@@ -33,7 +33,9 @@ from engine.vocabulary import TokenizerParts, token_bytes_of
 
 MOST_S: Final = 0.5  # to build a grammar, and for each mask; a hundred times what usual ones need
 MAX_LATE: Final = 2  # threads that have taken too long and still run
-MAX_KNOWN_CHARS: Final = 2**19  # of the grammars that are known for the next sequence
+# P9: of the grammars that are known for the next sequence. A matcher takes some 80 KB, however short its grammar.
+MAX_KNOWN: Final = 64
+MAX_KNOWN_CHARS: Final = 2**19
 # A state takes 1 to 2 KB, and each sequence has its own. An error would show the grammar, and be as long.
 _LIMITS: Final = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 
@@ -109,7 +111,7 @@ class Constraints:
     def _know(self, grammar: str, what: LLMatcher | str) -> None:
         self._known[grammar] = what
         self._known.move_to_end(grammar)
-        while len(self._known) > 1 and sum(map(len, self._known)) > MAX_KNOWN_CHARS:
+        while len(self._known) > MAX_KNOWN or (len(self._known) > 1 and sum(map(len, self._known)) > MAX_KNOWN_CHARS):
             self._known.popitem(last=False)
 
     def _in_time(self, grammar: str, work: Callable[[], T]) -> T:

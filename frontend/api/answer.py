@@ -166,7 +166,8 @@ class _Choice:
         if not (piece.text or piece.parts) and piece.finish_reason is None:
             return None
         self._piece = Piece(piece.choice)
-        piece.parts = joined(piece.parts)
+        if piece.parts:
+            piece.parts = joined(piece.parts)
         return piece
 
 

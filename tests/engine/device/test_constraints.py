@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
-from engine.device.constraints import MAX_KNOWN_CHARS, MAX_LATE, ConstraintError, Constraints
+from engine.device.constraints import MAX_KNOWN, MAX_KNOWN_CHARS, MAX_LATE, ConstraintError, Constraints
 from engine.device.kernels.head import PlainHead
 from engine.device.sampler import Sampler
 from engine.schedule import SampledToken, SamplingParams, ScheduledSequence
@@ -197,3 +197,13 @@ def test_a_vocabulary_that_cannot_be_read_is_the_fault_of_constrained_sequences_
     found = sampler.sample(likes(ord("x")).repeat(2, 1), [sequence(1, [], DIGITS), sequence(2, [], None)])
     assert "no such file" in (found[0].fault or "")
     assert found[1].token_id == ord("x")
+
+
+def test_the_grammars_that_are_kept_are_bounded_however_short_they_are():
+    constraints = Constraints(lambda: PARTS, VOCAB, EOS)
+    for number in range(MAX_KNOWN + 10):
+        grammar = LLMatcher.grammar_from_regex(f"a{{{number + 1}}}")
+        constraints.apply(torch.zeros(VOCAB), sequence(number, [], grammar))
+        constraints.release([number])
+    assert len(constraints._known) == MAX_KNOWN
+    assert not constraints._followed
