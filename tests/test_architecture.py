@@ -47,7 +47,7 @@ NEVER = {
     "engine.loop": ("frontend", "asyncio", "engine.supervisor"),
     "engine.device": ("frontend", "asyncio", "metrics", "engine.wire", "engine.loop", "engine.supervisor"),
     "frontend": (
-        *("engine.supervisor", "engine.loop", "engine.schedule", "engine.device"),
+        *("engine.supervisor", "engine.loop", "engine.schedule", "engine.device", "engine.vllm"),
         *("engine.serve", "engine.flags", "engine.config", "engine.host", "engine.default_model"),
     ),
 }

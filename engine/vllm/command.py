@@ -16,8 +16,8 @@ import sys
 from typing import Final
 
 from engine.supervisor import DeploymentDirectory, DirectoryError, default_runtime_directory
-from engine.vllm.meeting import DIRECTORY_VARIABLE
 from engine.vllm.scheduler import SCHEDULER_VARIABLE
+from metrics.vllm import DIRECTORY_VARIABLE
 
 LEAST_VERSION: Final = (0, 32)
 _SCHEDULER_FLAG: Final = "--scheduler-cls"

@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from engine.schedule import Console, Recorder
 from engine.vllm.counting import BatchCounter
-from engine.vllm.meeting import Facts, HookError, hook_bulkhead, open_core
 from metrics.bulkhead import Bulkhead
 from metrics.files import TallyStore
 from metrics.usage import ProcessMetrics
+from metrics.vllm import CoreFacts, HookError, hook_bulkhead, open_core
 
 log = logging.getLogger("vllm.wholebatch")  # below vLLM's own logger, so that its handlers print it
 
@@ -146,7 +146,7 @@ def _has_own_line(vllm_config: Any) -> bool:
     return int(getattr(vllm_config.parallel_config, "_api_process_count", 1)) == 1
 
 
-def _facts(vllm_config: Any) -> Facts:
+def _facts(vllm_config: Any) -> CoreFacts:
     """Raises HookError where this vLLM does not say what its own histogram is labelled with."""
     try:
         names = vllm_config.model_config.served_model_name
@@ -155,4 +155,4 @@ def _facts(vllm_config: Any) -> Facts:
         defaults = buckets.histogram_buckets("iteration_tokens")
     except (AttributeError, ImportError) as error:
         raise HookError(f"this version of vLLM is not known: {error}") from error
-    return Facts.of(names if isinstance(names, str) else names[0], custom, [float(bound) for bound in defaults])
+    return CoreFacts.of(names if isinstance(names, str) else names[0], custom, [float(bound) for bound in defaults])

@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any, Final
 
-from engine.vllm import Core, HookError, claim_server, directory, find_cores, find_servers, hook_bulkhead, server_layout
 from frontend.vllm.families import NOT_OF_ENGINES, NOT_OF_PROCESSES, without_ours
 from metrics.bulkhead import Bulkhead
 from metrics.catalogue import API_SERVER, ENGINE, VLLM_API_SERVER, VLLM_ENGINE, Scope
@@ -20,6 +19,16 @@ from metrics.exposition import PROCESS_SCOPES, TEXT, Part, Renderer, Template, s
 from metrics.files import StoreError, TallyReader, TallyStore, tally_path
 from metrics.layout import Layout
 from metrics.usage import ProcessMetrics, python_info
+from metrics.vllm import (
+    Core,
+    HookError,
+    claim_server,
+    directory,
+    find_cores,
+    find_servers,
+    hook_bulkhead,
+    server_layout,
+)
 
 log = logging.getLogger("vllm.wholebatch")  # below vLLM's own logger, so that its handlers print it
 

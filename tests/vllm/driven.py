@@ -19,9 +19,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from engine.vllm import make_scheduler
-from engine.vllm.meeting import Facts
 from metrics.catalogue import VLLM_ENGINE
 from metrics.files import TallyReader, tally_path
+from metrics.vllm import CoreFacts
 
 BLOCK_SIZE = 16
 TOKEN = 7
@@ -104,7 +104,7 @@ class Core:
 
     def figures(self) -> dict[str, float]:
         """What the file says."""
-        layout = Facts(model_name="m", custom_buckets={"iteration_tokens": BOUNDS}).layout()
+        layout = CoreFacts(model_name="m", custom_buckets={"iteration_tokens": BOUNDS}).layout()
         cells = TallyReader(tally_path(str(self.directory), VLLM_ENGINE, 0), layout).read().cells
 
         def histogram(name: str) -> tuple[float, float]:

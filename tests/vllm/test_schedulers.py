@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.vllm.meeting import DIRECTORY_VARIABLE
 from engine.vllm.scheduler import Witness
+from metrics.vllm import DIRECTORY_VARIABLE
 from tests.benchmarks.export_model import write_tiny_model
 from tests.vllm.driven import Core, make_core
 

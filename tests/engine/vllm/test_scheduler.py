@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from engine.vllm import find_cores, make_scheduler
+from engine.vllm import make_scheduler
 from engine.vllm.command import CommandError, with_our_part
-from engine.vllm.meeting import DIRECTORY_VARIABLE, Facts
 from engine.vllm.scheduler import SCHEDULER_VARIABLE, Witness
 from metrics.catalogue import VLLM_ENGINE
 from metrics.files import TallyReader, tally_path
+from metrics.vllm import DIRECTORY_VARIABLE, CoreFacts, find_cores
 
 
 class TheirScheduler:
@@ -73,7 +73,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def figures(directory: Path, index: int = 0) -> dict[str, float]:
-    layout = Facts(model_name="m", custom_buckets={"iteration_tokens": [1, 8, 64]}).layout()
+    layout = CoreFacts(model_name="m", custom_buckets={"iteration_tokens": [1, 8, 64]}).layout()
     cells = TallyReader(tally_path(str(directory), VLLM_ENGINE, index), layout).read().cells
     tokens = layout.histogram("vllm:iteration_tokens_total")
     errors = [s for s in layout.series if s.metric.name == "wholebatch:vllm_hook_errors_total"]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.vllm.meeting import DIRECTORY_VARIABLE, Facts, open_core
 from frontend.vllm import Metrics, middleware
 from metrics.files import StoreError, TallyStore
+from metrics.vllm import DIRECTORY_VARIABLE, CoreFacts, open_core
 
 THEIRS = """\
 # HELP vllm:num_requests_running Running.
@@ -83,7 +83,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def a_core(index: int = 0) -> TallyStore:
-    return open_core(index, Facts(model_name="m", custom_buckets={"iteration_tokens": [1.0, 8.0]}))
+    return open_core(index, CoreFacts(model_name="m", custom_buckets={"iteration_tokens": [1.0, 8.0]}))
 
 
 def observe(core: TallyStore, tokens: float) -> None:

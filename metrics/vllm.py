@@ -32,7 +32,7 @@ class HookError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class CoreFacts:
     """What an engine core's series depend on: the label model_name, and the operator's histogram bounds as vLLM's
     --custom-histogram-buckets writes them."""
 
@@ -45,7 +45,7 @@ class Facts:
         return build_layout(VLLM_ENGINE, _shape(overrides))
 
     @classmethod
-    def of(cls, model_name: str, custom_buckets: Mapping[str, Any], defaults: list[float]) -> Facts:
+    def of(cls, model_name: str, custom_buckets: Mapping[str, Any], defaults: list[float]) -> CoreFacts:
         """`defaults` are vLLM's bounds of iteration_tokens, where the operator gave none."""
         return cls(
             model_name=model_name,
@@ -62,7 +62,7 @@ class Core:
     """One engine core that counts, as an API server finds it."""
 
     index: int
-    facts: Facts
+    facts: CoreFacts
 
 
 def directory() -> str:
@@ -73,7 +73,7 @@ def directory() -> str:
     return found
 
 
-def open_core(index: int, facts: Facts) -> TallyStore:
+def open_core(index: int, facts: CoreFacts) -> TallyStore:
     """The tally of this engine core, its facts beside it. Raises StoreError, OSError, BucketError, HookError."""
     place = directory()
     store = _open(tally_path(place, VLLM_ENGINE, index), facts.layout())
@@ -111,7 +111,7 @@ def find_cores() -> Iterator[Core]:
     place = directory()
     for index in sorted(int(found[1]) for name in os.listdir(place) if (found := _FACTS.fullmatch(name))):
         facts = json.loads(Path(place, f"{VLLM_ENGINE}-{index}.json").read_text())
-        yield Core(index=index, facts=Facts(**facts))
+        yield Core(index=index, facts=CoreFacts(**facts))
 
 
 def find_servers() -> list[int]:
