@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+from frontend.parsing.nesting import Nesting
 from frontend.parsing.parts import Arguments, Call, Part
 
 _ARGUMENTS = ("arguments", "parameters")
@@ -22,9 +23,7 @@ class CallScanner:
         self.is_over = False
         self.is_broken = False
         self.has_begun = False
-        self._depth = 0
-        self._is_in_string = False
-        self._is_escaped = False
+        self._nesting = Nesting()
         self._key: str | None = None  # of the value that is being read
         self._is_value = False
         self._word = ""  # the key or value that is being read
@@ -43,9 +42,8 @@ class CallScanner:
         return parts, ""
 
     def _take(self, character: str) -> list[Part]:
-        depth = self._depth
-        is_string = self._is_in_string
-        self._follow(character)
+        depth, is_string = self._nesting.depth, self._nesting.is_in_string
+        self._nesting.follow(character)
         if depth == 0:
             self.is_broken = character != "{"
             return []
@@ -59,18 +57,6 @@ class CallScanner:
         self._word += character
         self.is_broken = not self._is_value and not self._word.startswith('"')
         return []
-
-    def _follow(self, character: str) -> None:
-        """Where in the JSON this character leaves us."""
-        if self._is_in_string:
-            self._is_in_string = self._is_escaped or character != '"'
-            self._is_escaped = character == "\\" and not self._is_escaped
-        elif character == '"':
-            self._is_in_string = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
 
     def _separate(self, character: str) -> list[Part]:
         """A colon, comma or brace of the call's own object."""

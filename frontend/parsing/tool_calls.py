@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from frontend.parsing.call_scanner import CallScanner
 from frontend.parsing.formats import ToolFormat
+from frontend.parsing.nesting import Nesting
 from frontend.parsing.parts import Arguments, Call, Part, Text, held_back, joined
 
 _SEPARATORS = " \t\r\n,;"  # between calls
@@ -166,29 +167,18 @@ class ToolCallParser:
 class _BareArguments:
     """An object of arguments by itself, from its brace on."""
 
-    def __init__(self, index: int) -> None:
-        self.number = index
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.is_over = False
-        self._depth = 0
-        self._is_in_string = False
-        self._is_escaped = False
+        self._nesting = Nesting()
 
     def feed(self, text: str) -> tuple[list[Part], str]:
         for position, character in enumerate(text):
-            self._follow(character)
-            if self._depth == 0:
+            self._nesting.follow(character)
+            if self._nesting.depth == 0:
                 self.is_over = True
                 return [Arguments(self.number, text[: position + 1])], text[position + 1 :]
         return ([Arguments(self.number, text)] if text else []), ""
-
-    def _follow(self, character: str) -> None:
-        if self._is_in_string:
-            self._is_in_string = self._is_escaped or character != '"'
-            self._is_escaped = character == "\\" and not self._is_escaped
-        elif character == '"':
-            self._is_in_string = True
-        else:
-            self._depth += (character in "{[") - (character in "}]")
 
 
 def _is_name(text: str) -> bool:
