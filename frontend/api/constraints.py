@@ -20,9 +20,10 @@ from typing import Any, Final, Literal
 from urllib.parse import unquote
 
 from llguidance import LLMatcher
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from engine.wire import MAX_CONSTRAINT_CHARS
+from frontend.api.strict import Strict
 from frontend.api.tools import Tool
 from frontend.errors import BadRequest
 
@@ -34,11 +35,7 @@ _WRITTEN: Final[Any] = {"whitespace_flexible": False, "item_separator": ", ", "k
 Schema = dict[str, Any] | str | bool
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
-
-class JSONSchemaFormat(_Strict):
+class JSONSchemaFormat(Strict):
     """What `response_format.json_schema` holds; `strict` asks for what is done anyway."""
 
     name: str | None = None
@@ -46,14 +43,14 @@ class JSONSchemaFormat(_Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """OpenAI's `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchemaFormat | None = None
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's `structured_outputs`; one of them."""
 
     json_: Schema | None = Field(None, alias="json")
@@ -63,7 +60,7 @@ class StructuredOutputs(_Strict):
     grammar: str | None = None
 
 
-class Formed(_Strict):
+class Formed(Strict):
     """The fields of a request that say which form its answer is to have."""
 
     response_format: ResponseFormat | None = None

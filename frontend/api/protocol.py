@@ -12,10 +12,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationError
 
 from engine.wire import MAX_BIAS, MAX_LOGPROBS, MAX_SALT_CHARS, SamplingParams, Submit, default, limits
 from frontend.api.constraints import Formed, of_named_tool, of_required_tools
+from frontend.api.strict import MAX_FIELDS, Strict
 from frontend.api.tools import Calls, NamedTool, ToolChoice, Tools
 from frontend.errors import BadRequest
 
@@ -24,7 +25,6 @@ MAX_STOPS: Final = 16
 MAX_STOP_CHARS: Final = 1024
 MAX_LIST: Final = 1024  # stop_token_ids, logit_bias, parts of a message
 MAX_MESSAGES: Final = 16_384
-MAX_FIELDS: Final = 256  # of one object
 # Commas in a body, those in texts included: no more values than this are ever made of one. Measured: nine of the worst
 # bodies within 4 MiB are refused within 0.07 s, and another client waits 45 ms at the longest; without it, seconds.
 MAX_COMMAS: Final = 200_000
@@ -105,17 +105,6 @@ def _as_declared(name: str, kind: type = SamplingParams, **other: Any) -> Any:
     return Field(**({"default": default(kind, name)} | limits(kind, name) | other))
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, data: Any) -> Any:
-        if isinstance(data, dict) and len(data) > MAX_FIELDS:
-            raise ValueError(f"an object should have at most {MAX_FIELDS} fields, not {len(data)}")
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
-
-
 AT_RANDOM: Final = -1  # a seed that asks for none, as many clients say it
 
 
@@ -133,7 +122,7 @@ class Terms:
     always_usage: bool = False
 
 
-class StreamOptions(_Model):
+class StreamOptions(Strict):
     """`include_usage`: one last chunk that says how many tokens there were. `continuous_usage_stats`: with it, every
     other chunk says how many there are."""
 
@@ -142,7 +131,7 @@ class StreamOptions(_Model):
     include_obfuscation: Any = None  # a hint, like those below
 
 
-class Hints(_Model):
+class Hints(Strict):
     """Fields that no answer depends on: accepted whatever they say, and read by nobody."""
 
     user: Any = None
@@ -178,7 +167,7 @@ class GenerationRequest(Hints, Formed):
     presence_penalty: float = _as_declared("presence_penalty")
     frequency_penalty: float = _as_declared("frequency_penalty")
     seed: Whole | None = _as_declared("seed")
-    logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias)] = {}
+    logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias)] = Field({})
     # vLLM's
     top_k: Whole = _as_declared("top_k", ge=-1)
     min_p: float = _as_declared("min_p")
@@ -356,7 +345,7 @@ class CompletionRequest(GenerationRequest):
             raise BadRequest(f"best_of other than n is not supported: {self.best_of}", param="best_of")
 
 
-class Message(_Model):
+class Message(Strict):
     """One turn of a conversation; fields beside these (`name`, `tool_call_id`) go to the template as they are."""
 
     role: str = Field(min_length=1)
@@ -374,7 +363,7 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool = True
     add_special_tokens: bool = False  # the template writes them
     chat_template_kwargs: dict[str, Any] = Field({}, max_length=MAX_FIELDS)
-    tools: Tools = []
+    tools: Tools = Field([])
     tool_choice: ToolChoice = "auto"
 
     PROMPT_PARAM: ClassVar[str] = "messages"

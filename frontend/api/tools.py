@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from frontend.api.strict import Strict
 from frontend.errors import BadRequest
 
 MAX_TOOLS: Final = 128
@@ -29,11 +30,7 @@ To call one, write its name and its arguments as JSON within <tool_call></tool_c
 </tool_call>"""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
-
-class Function(_Strict):
+class Function(Strict):
     """What a tool does; `parameters` is the JSON schema of its arguments."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
@@ -41,32 +38,32 @@ class Function(_Strict):
     parameters: dict[str, Any] | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """One tool that the model may call."""
 
     type: Literal["function"] = "function"
     function: Function
 
 
-class _Named(_Strict):
+class _Named(Strict):
     name: str
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     """`tool_choice` of one tool, which is then called in any case."""
 
     type: Literal["function"] = "function"
     function: _Named
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
     """What an earlier turn called; `arguments` is JSON."""
 
     name: str
     arguments: str = "{}"
 
 
-class CalledTool(_Strict):
+class CalledTool(Strict):
     """A call of an earlier turn."""
 
     id: str | None = None
