@@ -138,7 +138,7 @@ class Constraints:
         self._mask = llguidance_numpy.allocate_token_bitmask(1, self._vocab_size)
 
     def _make_tokenizer(self, load: Callable[[], TokenizerParts]) -> LLTokenizer:
-        wrapped = TokenizerWrapper(_Vocabulary(load(), self._eos_token_ids))
+        wrapped = TokenizerWrapper(_WrappedTokenizer(load(), self._eos_token_ids))
         return LLTokenizer(wrapped, n_vocab=self._vocab_size, eos_token=sorted(self._eos_token_ids))
 
 
@@ -151,7 +151,7 @@ def _fill(mask: npt.NDArray[np.int32], matcher: LLMatcher, new: Sequence[int]) -
         raise ConstraintError(f"the constraint cannot be followed: {matcher.get_error()}")
 
 
-class _Vocabulary:
+class _WrappedTokenizer:
     """What llguidance asks of a tokenizer."""
 
     bos_token_id = None
